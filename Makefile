@@ -1,0 +1,52 @@
+# One command per habit. Everything is installed into .venv (and .venv-engine for real vLLM).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ENGINE := .venv-engine
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-engine lint format bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+serve: $(VENV)/.installed   ## install, then start the gateway in front of two embedded pods
+	@$(BIN)/cachewise serve $(ARGS)
+
+test: $(VENV)/.installed-dev   ## every test that needs no vLLM
+	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+test-engine: $(ENGINE)/.installed   ## the tests on real vLLM, on the CPU
+	$(ENGINE)/bin/python -m pytest -m engine $(ARGS)
+
+lint: $(VENV)/.installed-dev   ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev   ## put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev   ## gateway overhead beside its peers: table, JSON and plot
+	$(BIN)/python -m bench.overhead $(ARGS)
+
+clean:           ## remove what the other targets made
+	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(ENGINE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[engine-cpu,dev]'
+	$(ENGINE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@

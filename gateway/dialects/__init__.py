@@ -1,0 +1,1 @@
+"""Wire dialects: what clients send and what pods answer."""

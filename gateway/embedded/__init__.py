@@ -1,0 +1,1 @@
+"""An embedded pod: a vLLM stand-in with real block-level KV accounting."""

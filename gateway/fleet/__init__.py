@@ -1,0 +1,1 @@
+"""Pods: discovery, health, capabilities, load and residency."""
