@@ -1,0 +1,83 @@
+"""One pod: an engine with its own KV cache, as the gateway sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from gateway.fleet.residency import Residency
+from gateway.fleet.scrape import PodLoad
+
+DEFAULT_PREFILL_TOKENS_PER_S = 8_000.0
+"""Prefill rate assumed before the first turn: between a laptop and a data-centre GPU."""
+
+
+@dataclass(slots=True)
+class PrefillRate:
+    """Tokens a second that a pod prefills, from what it served.
+
+    The ratio of exponentially forgotten sums of tokens and seconds, so that long prompts, which
+    measure the rate well, count for more than short ones, which measure fixed costs.
+    """
+
+    tokens: float = DEFAULT_PREFILL_TOKENS_PER_S / 4
+    seconds: float = 0.25
+    keep: float = 0.9
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A request whose first token came after ``seconds``, with ``tokens`` to prefill before it
+        (its own uncached ones and those queued ahead)."""
+        if tokens > 0 and seconds > 0:
+            self.tokens = self.keep * self.tokens + tokens
+            self.seconds = self.keep * self.seconds + seconds
+
+
+@dataclass(slots=True, eq=False)
+class Prefill:
+    """Prefill work that a turn has queued on a pod and that is not done yet."""
+
+    tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class Pod:
+    """State of one pod. Written by the prober (health, models, load) and by the turns it serves."""
+
+    name: str
+    url: str
+    api_key: str | None = None
+    ready: bool = False
+    draining: bool = False
+    models: tuple[str, ...] = ()
+    max_model_len: int | None = None
+    version: str | None = None
+    capabilities: tuple[str, ...] = ()
+    load: PodLoad | None = None
+    warnings: tuple[str, ...] = ()
+    failures: int = 0
+    in_flight: int = 0
+    queued_prefill_tokens: int = 0
+    rate: PrefillRate = field(default_factory=PrefillRate)
+    residency: Residency = field(default_factory=Residency)
+
+    @contextmanager
+    def serving(self, uncached_tokens: int) -> Iterator[Prefill]:
+        """Count a turn in, with its prefill work; on every exit count it out."""
+        prefill = Prefill(uncached_tokens)
+        self.in_flight += 1
+        self.queued_prefill_tokens += uncached_tokens
+        try:
+            yield prefill
+        finally:
+            self.in_flight -= 1
+            self.prefilled(prefill)
+
+    def prefilled(self, prefill: Prefill) -> None:
+        """The turn's first token has come: its prefill is no longer queued."""
+        self.queued_prefill_tokens -= prefill.tokens
+        prefill.tokens = 0

@@ -1,0 +1,81 @@
+"""What the gateway believes to be in a pod's KV cache.
+
+A model of vLLM's prefix cache at the grain of chains: an LRU list of (chain, tokens) whose sum
+never exceeds the cache. A turn served moves its chain to the young end with all its tokens; what
+does not fit is cut from the oldest chains, tail first, as vLLM frees a sequence's blocks. The
+belief is corrected by every response that says how many tokens were cached.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+MAX_HEADS = 4096
+
+
+class Residency:
+    """Resident tokens by chain, for one pod. All operations are O(1), `touch` amortised.
+
+    ``capacity_tokens`` is None while unknown: then nothing is believed lost by itself.
+    """
+
+    def __init__(self, capacity_tokens: int | None = None) -> None:
+        self.capacity_tokens = capacity_tokens
+        self.total_tokens = 0
+        self._tokens: OrderedDict[str, int] = OrderedDict()
+        self._heads: OrderedDict[int, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tokens(self, sid: str) -> int:
+        """Tokens of the chain's prefix believed to be in the cache."""
+        return self._tokens.get(sid, 0)
+
+    def shared_tokens(self, heads: list[tuple[int, int]]) -> int:
+        """The longest beginning that another chain left here. ``heads`` are (prefix link, its
+        length in tokens), longest first; a chain loses its beginning last, so it is resident as
+        far as its owner is."""
+        for link, length_tokens in heads:
+            owner = self._heads.get(link)
+            if owner is not None and (resident := self._tokens.get(owner, 0)):
+                return min(length_tokens, resident)
+        return 0
+
+    def touch(self, sid: str, tokens: int, heads: list[tuple[int, int]]) -> None:
+        """A turn of the chain was served: its ``tokens`` (prompt and answer) are in the cache now,
+        the youngest of all."""
+        self.total_tokens += tokens - self._tokens.pop(sid, 0)
+        self._tokens[sid] = tokens
+        for link, _ in heads:
+            self._heads[link] = sid
+            self._heads.move_to_end(link)
+        while len(self._heads) > MAX_HEADS:
+            self._heads.popitem(last=False)
+        self._trim()
+
+    def drop(self, sid: str) -> None:
+        """The chain is gone, or was found not to be there."""
+        self.total_tokens -= self._tokens.pop(sid, 0)
+
+    def set_capacity(self, capacity_tokens: int | None) -> None:
+        self.capacity_tokens = capacity_tokens
+        self._trim()
+
+    def clear(self) -> None:
+        """The pod restarted: its cache is empty."""
+        self._tokens.clear()
+        self._heads.clear()
+        self.total_tokens = 0
+
+    def _trim(self) -> None:
+        if self.capacity_tokens is None:
+            return
+        while self.total_tokens > self.capacity_tokens and self._tokens:
+            sid, tokens = next(iter(self._tokens.items()))
+            surplus = self.total_tokens - self.capacity_tokens
+            if tokens > surplus:
+                self._tokens[sid] = tokens - surplus
+                self.total_tokens -= surplus
+            else:
+                self.drop(sid)

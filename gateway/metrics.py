@@ -1,0 +1,185 @@
+"""Every Prometheus metric of the gateway, in one place; `docs/metrics.md` says what each means.
+
+Labels are bounded: pods and models are the operator's, the rest are fixed words of the code. No
+session, key, path or text of a client is ever a label.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
+
+
+class Metrics:
+    """The gateway's metrics over a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        self.turns = Counter(
+            "cachewise_turns",
+            "Turns by how they ended.",
+            ("wire", "client", "outcome"),
+            registry=registry,
+        )
+        self.turn_duration = Histogram(
+            "cachewise_turn_duration_seconds",
+            "From a turn's arrival to its last byte.",
+            ("wire",),
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.first_byte = Histogram(
+            "cachewise_time_to_first_byte_seconds",
+            "From a turn's arrival to the first byte of the pod's answer.",
+            ("pod",),
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.overhead = Histogram(
+            "cachewise_overhead_seconds",
+            "Time from a turn's whole request to its being sent to a pod.",
+            buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5),
+            registry=registry,
+        )
+        self.errors = Counter(
+            "cachewise_gateway_errors",
+            "Errors the gateway itself answered, by HTTP status.",
+            ("status",),
+            registry=registry,
+        )
+        self.retries = Counter(
+            "cachewise_retries",
+            "Turns sent again before their first byte, by reason.",
+            ("reason",),
+            registry=registry,
+        )
+        self.degraded = Counter(
+            "cachewise_degraded",
+            "Faults of the clever part that a turn survived as a plain relay, by stage.",
+            ("stage",),
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "cachewise_prompt_tokens",
+            "Prompt tokens of answered turns, as the pods report them.",
+            ("pod",),
+            registry=registry,
+        )
+        self.cached_tokens = Counter(
+            "cachewise_cached_prompt_tokens",
+            "Prompt tokens served from a pod's prefix cache, as the pods report them.",
+            ("pod",),
+            registry=registry,
+        )
+        self.output_tokens = Counter(
+            "cachewise_output_tokens",
+            "Generated tokens, as the pods report them.",
+            ("pod",),
+            registry=registry,
+        )
+        self.expected_cached_tokens = Counter(
+            "cachewise_expected_cached_prompt_tokens",
+            "Prompt tokens the gateway believed resident, of turns whose pod reports cached tokens.",
+            ("pod",),
+            registry=registry,
+        )
+        self.identified = Counter(
+            "cachewise_identified_turns",
+            "Turns by how their session was recognised.",
+            ("by",),
+            registry=registry,
+        )
+        self.gaps = Histogram(
+            "cachewise_gap_seconds",
+            "Gaps between a session's turns, by what it waited for.",
+            ("idle_kind",),
+            buckets=GAP_BUCKETS,
+            registry=registry,
+        )
+        self.tool_calls = Counter(
+            "cachewise_tool_calls", "Tool calls seen in answers.", ("client",), registry=registry
+        )
+        self.prefix_breaks = Counter(
+            "cachewise_prefix_breaks",
+            "Turns whose prompt did not extend the one before, by cause.",
+            ("cause",),
+            registry=registry,
+        )
+        self.prefix_lost_tokens = Counter(
+            "cachewise_prefix_lost_tokens",
+            "Tokens of earlier prompts made useless by a break, by cause.",
+            ("cause",),
+            registry=registry,
+        )
+        self.decisions = Counter(
+            "cachewise_route_decisions",
+            "Routing decisions by reason.",
+            ("policy", "reason"),
+            registry=registry,
+        )
+        self.sessions = Gauge(
+            "cachewise_sessions", "Sessions known, by state.", ("state",), registry=registry
+        )
+        self.sessions_evicted = Counter(
+            "cachewise_sessions_evicted",
+            "Sessions forgotten because the limit was reached.",
+            registry=registry,
+        )
+        self.pod_ready = Gauge(
+            "cachewise_pod_ready", "1 if the pod takes turns.", ("pod",), registry=registry
+        )
+        self.pod_in_flight = Gauge(
+            "cachewise_pod_in_flight_turns",
+            "Turns this gateway has in flight on the pod.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_queued = Gauge(
+            "cachewise_pod_queued_prefill_tokens",
+            "Tokens of these turns believed still to be prefilled.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_rate = Gauge(
+            "cachewise_pod_prefill_tokens_per_second",
+            "Prefill rate learned from the turns served.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_resident = Gauge(
+            "cachewise_pod_resident_tokens",
+            "Tokens of sessions believed to be in the pod's KV cache.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_capacity = Gauge(
+            "cachewise_pod_kv_capacity_tokens",
+            "KV cache capacity the pod reports; absent if it does not.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_kv_usage = Gauge(
+            "cachewise_pod_kv_usage_ratio",
+            "KV cache in use as the pod reports it; absent if it does not.",
+            ("pod",),
+            registry=registry,
+        )
+        self.loop_lag = Gauge(
+            "cachewise_event_loop_lag_seconds",
+            "How late the event loop woke a timer last, at the worst of the last ten.",
+            registry=registry,
+        )
+        self.log_lines_dropped = Counter(
+            "cachewise_log_lines_dropped",
+            "Log lines given up because the log could not be written fast enough.",
+            registry=registry,
+        )

@@ -1,0 +1,458 @@
+"""Sessions: which conversation a turn belongs to, and where each conversation stands.
+
+Identity: what the request names (`gateway.identity`), else the tool-call ids this gateway relayed,
+else the longest common prefix, else a new chain. Lifecycle: ``running`` while a turn is in flight,
+then ``idle`` (for a tool, a person or the background), ``ended`` when it will not come back.
+
+Bounded: at most ``max_sessions`` sessions (least recently seen out first), none idle longer than
+``ttl_s``; what a session holds is a few numbers a message. All methods are O(1) in the number of
+sessions, and take ``now``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from secrets import token_hex
+from typing import TypeVar
+
+from gateway.dialects.turn import ToolCall, TurnOutcome, TurnRequest, Usage
+from gateway.identity import (
+    Headers,
+    Named,
+    RequestClass,
+    classify,
+    client_kind,
+    named_by_body,
+    named_by_headers,
+)
+from gateway.idle import (
+    STARTS_BACKGROUND,
+    IdleKind,
+    idle_after,
+    notified_calls,
+    resumed_by,
+    starts_background,
+    waited_for,
+    went_to_background,
+)
+from gateway.prefix import Prefix, PrefixChange, TailIndex, advance
+
+_V = TypeVar("_V")
+
+GAPS_KEPT = 8
+CALLS_KEPT = 64
+BACKGROUND_KEPT = 32
+TOKENS_PER_BYTE = 0.25
+"""What a byte of canonical JSON costs in tokens before a pod has said otherwise."""
+
+
+@dataclass(slots=True, frozen=True)
+class Gap:
+    """The time a session was away: from the end of a response to its next request."""
+
+    seconds: float
+    kind: IdleKind
+    tools: tuple[str, ...]
+    at: float
+
+
+@dataclass(slots=True)
+class Session:
+    """One chain. ``sid`` is its opaque public name; times are of the caller's clock, seconds."""
+
+    key: str
+    sid: str
+    tenant: str
+    scope: int
+    source: str
+    group: str
+    parent: str | None
+    client: str
+    model: str
+    created_at: float
+    seen_at: float
+    request_class: RequestClass
+    forked_from: str | None = None
+    turns: int = 0
+    in_flight: int = 0
+    idle_kind: IdleKind | None = None
+    idle_since: float | None = None
+    waiting_for: tuple[str, ...] = ()
+    """Names of the tools that the last response asked for."""
+    calls: tuple[str, ...] = ()
+    """Ids of these calls, as issued."""
+    background: OrderedDict[str, bool] = field(default_factory=OrderedDict)
+    """Ids of calls left running; True for a wake-up the client has planned for itself."""
+    gaps: deque[Gap] = field(default_factory=lambda: deque(maxlen=GAPS_KEPT))
+    prefix: Prefix | None = None
+    last_user_text: str = ""
+    tokens_per_byte: float = TOKENS_PER_BYTE
+    usage: Usage | None = None
+    pod: str | None = None
+    breaks: int = 0
+    lost_tokens: int = 0
+    tool_calls: int = 0
+    has_tools: bool = False
+    final: bool = False
+
+    @property
+    def state(self) -> str:
+        if self.in_flight:
+            return "running"
+        return "ended" if self.idle_kind == "ended" else "idle"
+
+
+@dataclass(slots=True)
+class Turn:
+    """A turn in flight. ``prompt_tokens`` and ``same_tokens`` are estimates from bytes."""
+
+    session: Session
+    request_class: RequestClass
+    change: PrefixChange
+    prompt_tokens: int
+    same_tokens: int
+    lost_tokens: int
+    gap: Gap | None
+    started_at: float
+
+
+class SessionStore:
+    """All sessions of this gateway. `begin` and `end` frame each turn; `end` must follow on every
+    exit (the caller holds them together with ``try/finally``)."""
+
+    def __init__(self, max_sessions: int, ttl_s: float) -> None:
+        self.max_sessions = max_sessions
+        self.ttl_s = ttl_s
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._by_sid: dict[str, str] = {}
+        self._issued: OrderedDict[str, str | None] = OrderedDict()
+        self._responses: OrderedDict[str, str] = OrderedDict()
+        self._tails = TailIndex(limit=3 * max_sessions)
+        self._distrust: OrderedDict[str, int] = OrderedDict()
+        self.evicted_total = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        """Sessions, least recently seen first."""
+        return iter(self._sessions.values())
+
+    def by_sid(self, sid: str) -> Session | None:
+        key = self._by_sid.get(sid)
+        return self._sessions.get(key) if key is not None else None
+
+    def of_response(self, scope: int, response_id: str) -> Session | None:
+        """The session whose response had this id (``/v1/responses/{id}``)."""
+        key = self._responses.get(f"{scope:x}:{response_id}")
+        return self._sessions.get(key) if key is not None else None
+
+    # -- a turn begins ---------------------------------------------------------------------------
+
+    def begin(
+        self, headers: Headers, request: TurnRequest, tenant: str, scope: int, now: float
+    ) -> Turn:
+        """Find or make the session of a request that just arrived, close its gap, count it in."""
+        named = named_by_headers(headers) or named_by_body(request)
+        if named is not None and self._distrust.get(f"{scope:x}:{named.source}", 0) >= 3:
+            named = None
+        request_class = classify(headers, request, named)
+        session, prefix, change = self._resolve(
+            headers, request, named, request_class, tenant, scope, now
+        )
+        gap = self._close_gap(session, request, now)
+        self._note_background(session, request, change)
+
+        lost_tokens = round(change.lost_bytes * session.tokens_per_byte)
+        if change.cause is not None:
+            session.breaks += 1
+            session.lost_tokens += lost_tokens
+        if session.prefix is not None:
+            self._tails.forget(scope, session.prefix, session.key)
+        session.prefix = prefix
+        self._tails.register(scope, prefix, session.key)
+        session.last_user_text = _last_user_text(request)
+        session.model = request.model
+        session.has_tools = session.has_tools or request.has_tools
+        session.final = named is not None and named.final
+        session.seen_at = now
+        session.in_flight += 1
+        session.turns += 1
+        self._sessions.move_to_end(session.key)
+        return Turn(
+            session=session,
+            request_class=request_class,
+            change=change,
+            prompt_tokens=max(1, round(change.total_bytes * session.tokens_per_byte)),
+            same_tokens=round(change.same_bytes * session.tokens_per_byte),
+            lost_tokens=lost_tokens,
+            gap=gap,
+            started_at=now,
+        )
+
+    def _resolve(
+        self,
+        headers: Headers,
+        request: TurnRequest,
+        named: Named | None,
+        request_class: RequestClass,
+        tenant: str,
+        scope: int,
+        now: float,
+    ) -> tuple[Session, Prefix, PrefixChange]:
+        aside = request_class == "auxiliary" or (
+            request_class == "compaction" and not request.has_tools
+        )
+        source = "new"
+        forked_from: Session | None = None
+        if named is not None:
+            chain, group, parent = named.chain, named.group, named.parent
+            known = self._sessions.get(f"{scope:x}:{chain}")
+            if known is not None and known.has_tools and not request.has_tools and not aside:
+                aside, request_class = True, "auxiliary"
+            if aside:
+                chain, parent = f"{chain}#{request_class}", chain
+            key, source = f"{scope:x}:{chain}", named.source
+            known = self._sessions.get(key)
+            if known is not None:
+                prefix, change = advance(known.prefix, request)
+                self._distrust.pop(f"{scope:x}:{named.source}", None)
+                return known, prefix, change
+            prefix, change = advance(None, request)
+            if not aside:
+                forked_from = self._continued(request, prefix, scope)
+                self._weigh_source(named, scope, forked_from)
+        else:
+            owner = self._owner_of_calls(request, scope)
+            if owner is not None:
+                prefix, change = advance(owner.prefix, request)
+                return owner, prefix, change
+            prefix, change = advance(None, request)
+            if not aside and (owner := self._continued(request, prefix, scope)) is not None:
+                prefix, change = advance(owner.prefix, request)
+                return owner, prefix, change
+            chain = token_hex(16)
+            key, group, parent = f"{scope:x}:{chain}", chain, None
+
+        session = Session(
+            key=key,
+            sid=_public(key),
+            tenant=tenant,
+            scope=scope,
+            source=source,
+            group=_public(f"{scope:x}:{group}"),
+            parent=_public(f"{scope:x}:{parent}") if parent else None,
+            client=client_kind(headers),
+            model=request.model,
+            created_at=now,
+            seen_at=now,
+            request_class=request_class,
+        )
+        if forked_from is not None:
+            session.forked_from = forked_from.sid
+            session.tokens_per_byte = forked_from.tokens_per_byte
+        elif (relative := self._sessions.get(f"{scope:x}:{parent or group}")) is not None:
+            session.tokens_per_byte = relative.tokens_per_byte
+        self._sessions[key] = session
+        self._by_sid[session.sid] = key
+        self._make_room()
+        return session, prefix, change
+
+    def _owner_of_calls(self, request: TurnRequest, scope: int) -> Session | None:
+        """The session that was issued the newest tool-call id found in the request, or whose
+        response it continues."""
+        previous = request.ids.previous_response_id
+        if previous is not None:
+            response_id = bytes(previous).decode(errors="replace").strip('"')
+            if (owner := self.of_response(scope, response_id)) is not None:
+                return owner
+        for index in range(len(request.segments) - 1, 1, -1):
+            item = request.item(index)
+            for call_id in (*(r.call_id for r in item.results), *item.call_ids):
+                key = self._issued.get(f"{scope:x}:{call_id}")
+                if key is not None and (owner := self._sessions.get(key)) is not None:
+                    return owner
+            if item.call_ids:
+                return None  # older calls are of older turns: their chain has moved on
+        return None
+
+    def _continued(self, request: TurnRequest, prefix: Prefix, scope: int) -> Session | None:
+        """The session whose latest request this one extends. One rewritten last message is
+        forgiven if the request has grown beyond it. Two that fit: the one whose last words fit,
+        else the one seen last."""
+        candidates: list[Session] = []
+        longest = 0
+        for key, shared in self._tails.find(scope, prefix):
+            owner = self._sessions.get(key)
+            if owner is None or owner.prefix is None or shared < longest:
+                continue
+            whole = shared == len(owner.prefix) and len(prefix) > shared
+            rewritten = shared == len(owner.prefix) - 1 and len(prefix) > len(owner.prefix)
+            if not (whole or rewritten) or not _replied_after(request, shared):
+                continue
+            longest = shared
+            candidates.append(owner)
+        if len(candidates) <= 1:
+            return candidates[0] if candidates else None
+        for owner in candidates:
+            index = len(owner.prefix) - 1 if owner.prefix is not None else 0
+            text = request.item(index).text
+            if text and owner.last_user_text.startswith(text[:200]):
+                return owner
+        return max(candidates, key=lambda owner: (owner.in_flight == 0, owner.seen_at))
+
+    def _weigh_source(self, named: Named, scope: int, continued: Session | None) -> None:
+        """A header whose value is new each time while the conversation goes on names requests, not
+        sessions: after three such in a row it is not believed any more."""
+        place = f"{scope:x}:{named.source}"
+        if continued is None or continued.source != named.source or continued.turns > 1:
+            return
+        self._distrust[place] = self._distrust.get(place, 0) + 1
+        self._distrust.move_to_end(place)
+        while len(self._distrust) > 1024:
+            self._distrust.popitem(last=False)
+
+    @staticmethod
+    def _close_gap(session: Session, request: TurnRequest, now: float) -> Gap | None:
+        since, expected = session.idle_since, session.idle_kind
+        if since is None or expected is None or session.in_flight:
+            return None
+        session.idle_since = session.idle_kind = None
+        if len(request.segments) <= 2:
+            return None
+        if expected == "ended":
+            expected = "human"
+        kind = waited_for(expected, resumed_by(request.item(len(request.segments) - 1)))
+        gap = Gap(max(0.0, now - since), kind, session.waiting_for, now)
+        session.gaps.append(gap)
+        return gap
+
+    @staticmethod
+    def _note_background(session: Session, request: TurnRequest, change: PrefixChange) -> None:
+        """Follow what the client left running, from the request's new messages."""
+        for index in range(max(2, change.same), len(request.segments)):
+            item = request.item(index)
+            for result in item.results:
+                if went_to_background(result):
+                    session.background[result.call_id] = False
+            finished = notified_calls(item) if item.role == "user" else None
+            if finished is not None:
+                for call_id in finished:
+                    session.background.pop(call_id, None)
+                if not finished and session.background:
+                    session.background.popitem(last=False)
+            elif item.role == "user" and item.text and not item.results:
+                # A person is back: a wake-up the client had planned is no longer what we wait for.
+                for call_id in [c for c, planned in session.background.items() if planned]:
+                    del session.background[call_id]
+        while len(session.background) > BACKGROUND_KEPT:
+            session.background.popitem(last=False)
+
+    # -- a turn ends -----------------------------------------------------------------------------
+
+    def end(self, turn: Turn, outcome: TurnOutcome | None, now: float) -> None:
+        """Close a turn: what it asked for, what the session waits for now. ``outcome`` is None
+        where the turn failed or was aborted: the client may send it again at once, so the session
+        is idle without a kind and the next gap is not measured."""
+        session = turn.session
+        session.in_flight -= 1
+        session.seen_at = now
+        if outcome is None:
+            if not session.in_flight and session.idle_kind is None:
+                session.idle_since = None
+            return
+        if outcome.usage is not None and outcome.usage.prompt_tokens:
+            session.usage = outcome.usage
+            if turn.change.total_bytes:
+                session.tokens_per_byte = outcome.usage.prompt_tokens / turn.change.total_bytes
+        if outcome.response_id is not None and turn.session.key in self._sessions:
+            self._remember(self._responses, f"{session.scope:x}:{outcome.response_id}", session.key)
+        calls = outcome.tool_calls
+        session.tool_calls += len(calls)
+        self._issue(session, calls)
+        for call in calls:
+            if starts_background(call):
+                session.background[call.id] = call.name in STARTS_BACKGROUND
+        session.waiting_for = tuple(call.name[:128] for call in calls[:CALLS_KEPT])
+        session.idle_since = now
+        session.idle_kind = self._idle_kind(turn, calls)
+
+    @staticmethod
+    def _idle_kind(turn: Turn, calls: list[ToolCall]) -> IdleKind:
+        session = turn.session
+        if session.final or turn.request_class == "auxiliary":
+            return "ended"
+        if turn.request_class == "compaction":
+            return "background"  # the client goes on by itself
+        kind = idle_after(calls, bool(session.background))
+        if kind == "human" and not calls and session.parent is not None:
+            return "ended"  # a sub-agent that answers without a call has reported to its parent
+        return kind
+
+    def _issue(self, session: Session, calls: list[ToolCall]) -> None:
+        """Remember whose the calls' ids are. An id that two sessions were given names neither."""
+        for call_id in session.calls:
+            if self._issued.get(f"{session.scope:x}:{call_id}") == session.key:
+                del self._issued[f"{session.scope:x}:{call_id}"]
+        session.calls = tuple(call.id for call in calls[:CALLS_KEPT] if 0 < len(call.id) <= 256)
+        for call_id in session.calls:
+            place = f"{session.scope:x}:{call_id}"
+            taken = place in self._issued and self._issued[place] != session.key
+            self._remember(self._issued, place, None if taken else session.key)
+
+    def _remember(self, index: OrderedDict[str, _V], place: str, value: _V) -> None:
+        index[place] = value
+        index.move_to_end(place)
+        while len(index) > 4 * self.max_sessions:
+            index.popitem(last=False)
+
+    # -- forgetting ------------------------------------------------------------------------------
+
+    def expire(self, now: float) -> list[Session]:
+        """Forget sessions not seen for ``ttl_s``; returns them."""
+        gone = []
+        while self._sessions:
+            session = next(iter(self._sessions.values()))
+            if session.in_flight or session.seen_at > now - self.ttl_s:
+                break
+            self._forget(session)
+            gone.append(session)
+        return gone
+
+    def _make_room(self) -> None:
+        surplus = len(self._sessions) - self.max_sessions
+        if surplus <= 0:
+            return
+        idle = (s for s in self._sessions.values() if not s.in_flight)
+        for session in [s for s, _ in zip(idle, range(surplus), strict=False)]:
+            self._forget(session)
+            self.evicted_total += 1
+
+    def _forget(self, session: Session) -> None:
+        del self._sessions[session.key]
+        self._by_sid.pop(session.sid, None)
+        self._issue(session, [])
+        if session.prefix is not None:
+            self._tails.forget(session.scope, session.prefix, session.key)
+
+
+def _public(key: str) -> str:
+    """An opaque name for a key. Collision-proof, since pods tell sessions apart by it."""
+    return blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _last_user_text(request: TurnRequest) -> str:
+    for index in range(len(request.segments) - 1, max(1, len(request.segments) - 4), -1):
+        item = request.item(index)
+        if item.role == "user" and item.text:
+            return item.text[:200]
+    return ""
+
+
+def _replied_after(request: TurnRequest, shared: int) -> bool:
+    """Whether the part beyond the first ``shared`` segments holds an answer of the model: without
+    one, an equal beginning is another conversation that starts alike."""
+    return any(request.item(i).role == "assistant" for i in range(shared, len(request.segments)))
