@@ -213,7 +213,7 @@ def parse_api_keys(text: str) -> dict[str, list[str]]:
         match = re.fullmatch(r"\s*([^\s:=]+)\s*[:=]\s*(\S+)\s*", item)
         if match is None:
             raise ValueError(f"holds no 'tenant: key' in item {number}")
-        keys.setdefault(match[1], []).append(match[2].strip("\"'"))
+        keys.setdefault(match[1].strip("\"'"), []).append(match[2].strip("\"'"))
     return keys
 
 
@@ -248,7 +248,7 @@ class AccessSettings(_Model):
     def _hashed(cls, value: object, info: ValidationInfo) -> object:
         given = parse_api_keys(value) if isinstance(value, str) else value
         if not isinstance(given, Mapping):
-            raise ValueError("is not a map of tenants and keys")
+            raise ValueError("is not a map of tenants and keys")  # noqa: TRY004 (pydantic's)
         file = info.data.get("api_keys_file")
         from_file = parse_api_keys(_read(file)) if file else {}
         hashed: dict[str, dict[str, None]] = {}
@@ -258,7 +258,9 @@ class AccessSettings(_Model):
                     plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
                     if not isinstance(plain, str) or len(plain) < 16:
                         raise ValueError(f"holds a key of tenant {tenant!r} that is too short")
-                    stored = plain if _DIGEST.fullmatch(plain) else hash_key(plain)
+                    stored = plain.lower() if plain.startswith("sha256:") else hash_key(plain)
+                    if not _DIGEST.fullmatch(stored):
+                        raise ValueError(f"holds a hash of tenant {tenant!r} that is not SHA-256")
                     hashed.setdefault(str(tenant), {})[stored] = None
         return {tenant: tuple(digests) for tenant, digests in hashed.items()}
 
@@ -327,7 +329,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port to listen on; 0 takes any free one."""
     pods: Annotated[tuple[PodSettings, ...], BeforeValidator(_split_list)] = Field(
-        default=(), json_schema_extra=_allowed("URL[,URL…], or a list of URLs or of url/name/api_key")
+        default=(),
+        json_schema_extra=_allowed("URL[,URL…], or a list of URL or of url, name, api_key"),
     )
     """The fleet; embedded pods if empty."""
     models: ModelSettings = ModelSettings()
@@ -547,9 +550,12 @@ def _flat(
         elif isinstance(value, Mapping):
             yield from _flat(value, where, section, path)
         elif value is not None:
+            shown = (
+                _HIDDEN if any(is_secret(leaf) for _, leaf in leaves(section)) else _shown(value)
+            )
             keys = ", ".join(section.model_fields)
             raise ConfigError(
-                f"{'.'.join(path)}: {_shown(value)} is not a section; allowed: its keys {keys}{where}"
+                f"{'.'.join(path)}: {shown} is not a section; allowed: its keys {keys}{where}"
             )
 
 
@@ -562,6 +568,9 @@ def _unknown(path: Path_, model: type[BaseModel]) -> str:
         near = [k for k in everywhere if k.rpartition(".")[2] == path[-1]][:1]
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{key}: unknown key; {hint}allowed: {', '.join(model.model_fields)}"
+
+
+_HIDDEN: Final = "the value (not shown)"
 
 
 def _shown(value: object) -> str:
@@ -582,15 +591,20 @@ def _one_line(
         nested = model.model_fields.get(str(part))
         if nested is not None:
             field = nested
-            model = PodSettings if part == "pods" and model is Settings else _section(nested) or model
+            model = (
+                PodSettings if part == "pods" and model is Settings else _section(nested) or model
+            )
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         text = _unknown(tuple(map(str, first["loc"])), model)
     else:
         assert field is not None
-        secret = is_secret(field) or "@" in str(first.get("input"))
-        value = "the value (not shown)" if secret else _shown(first.get("input"))
-        text = f"{key}: {value} {_problem(first, field)}; allowed: {allowed(field)}"
+        given = first.get("input")
+        secret = is_secret(field) or any(sign in str(given) for sign in ("@", "key"))
+        value = _HIDDEN if secret else _shown(given)
+        problem = _problem(first, field)
+        subject = problem if problem == "is missing" else f"{value} {problem}"
+        text = f"{key}: {subject}; allowed: {allowed(field)}"
     leaf = next((p for p in sources if p == tuple(map(str, first["loc"]))[: len(p)]), None)
     source = sources[leaf] if leaf else "default"
     if leaf and source != "default":
