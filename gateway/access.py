@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from gateway.config import AccessSettings, hash_key
+from gateway.errors import GatewayError
 
 Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
 
 ADMIN_HEADER: Final = b"x-cachewise-admin-token"
 
 
-class Unauthorized(Exception):  # noqa: N818 (the name HTTP gives it)
-    """No credential, or one that is not known. Its text is fit for the client."""
+class Unauthorized(GatewayError):
+    """No credential, or one that is not known."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(401, "invalid_api_key", message)
 
 
 @dataclass(frozen=True, slots=True)
