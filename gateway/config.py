@@ -1,0 +1,631 @@
+"""Typed settings: command-line flags over `CACHEWISE_*` environment over a YAML file over defaults.
+
+Every setting has one key (`relay.idle_timeout_s`), and the key gives its place in the file and its
+variable (`CACHEWISE_RELAY__IDLE_TIMEOUT_S`). A value replaces the whole value below it: lists and
+maps are not merged. `python -m gateway.config` prints the reference in `docs/configuration.md`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+ENV_PREFIX: Final = "CACHEWISE_"
+#: `CACHEWISE_API_KEYS` is short for the full name of this setting.
+ENV_SHORT: Final = {"CACHEWISE_API_KEYS": "CACHEWISE_ACCESS__API_KEYS"}
+
+Path_: TypeAlias = tuple[str, ...]
+Source: TypeAlias = Literal["flag", "env", "file", "default"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. Its text is one line: the key, the value, what is allowed."""
+
+
+def _split_pairs(value: object) -> object:
+    """`a=b,c=d` (as a variable holds it) or JSON, as a mapping."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    pairs = [item.partition("=") for item in value.split(",") if item.strip()]
+    if not all(sep and key.strip() and val.strip() for key, sep, val in pairs):
+        raise ValueError("is not a list of A=B")
+    return {key.strip(): val.strip() for key, _, val in pairs}
+
+
+def _split_list(value: object) -> object:
+    """`a,b` (as a variable holds it) or JSON, as a list."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def _allowed(text: str) -> dict[str, Any]:
+    return {"allowed": text}
+
+
+Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
+
+
+class PodSettings(_Model):
+    url: str = Field(json_schema_extra=_allowed("http://HOST[:PORT] or https://HOST[:PORT]"))
+    """Address of the pod's HTTP server; a trailing `/v1` is dropped."""
+    name: str | None = None
+    """Name in metrics, logs and the inspector; host and port if not given."""
+    api_key: SecretStr | None = None
+    """Key sent to this pod, instead of `access.pod_api_key`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_url(cls, value: object) -> object:
+        return {"url": value} if isinstance(value, str) else value
+
+    @field_validator("url")
+    @classmethod
+    def _origin_only(cls, value: str) -> str:
+        url = value.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+        try:
+            parts = urlsplit(url)
+            usable = parts.hostname is not None and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or parts.scheme not in ("http", "https"):
+            raise ValueError("is not the address of an HTTP server")
+        if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError("holds more than scheme, host and port")
+        return url
+
+
+class ModelSettings(_Model):
+    aliases: Annotated[dict[str, str], BeforeValidator(_split_pairs)] = Field(
+        default={}, json_schema_extra=_allowed("NAME=SERVED[,NAME=SERVED…]")
+    )
+    """Model names clients use, and the served model each stands for; `*` stands for every name that
+    no pod serves."""
+
+
+class EmbeddedSettings(_Model):
+    pods: Annotated[int, Field(ge=1, le=64)] = 2
+    """Embedded pods to start when `pods` is empty."""
+    model: Annotated[str, Field(min_length=1)] = "embedded"
+    """Model name they serve."""
+    block_size_tokens: Count = 16
+    """Tokens in a KV block."""
+    kv_capacity_tokens: Count = 700_000
+    """Tokens that a pod's KV cache holds."""
+    max_model_len: Count = 262_144
+    """Longest prompt and answer together, in tokens."""
+    speedup: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    """Modelled GPU times are divided by this."""
+
+    @field_validator("max_model_len")
+    @classmethod
+    def _fits_the_cache(cls, value: int, info: ValidationInfo) -> int:
+        capacity = info.data.get("kv_capacity_tokens", value)
+        if value > capacity:
+            raise ValueError(f"is above embedded.kv_capacity_tokens ({capacity})")
+        return value
+
+
+class RoutingSettings(_Model):
+    policy: Literal["expected_ttft", "least_loaded", "round_robin", "session_hash"] = (
+        "expected_ttft"
+    )
+    """How a pod is chosen: least expected seconds to the first token, or one of three baselines."""
+
+
+class RelaySettings(_Model):
+    connect_timeout_s: Seconds = 5.0
+    """Longest wait for a connection to a pod."""
+    first_byte_timeout_s: Seconds = 600.0
+    """Longest wait for the first byte of a pod's response."""
+    idle_timeout_s: Seconds = 300.0
+    """Longest silence within a pod's response."""
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Pods tried for one turn, while no byte of a response has arrived."""
+    max_body_bytes: Count = 67_108_864
+    """Largest request body, after decompression."""
+
+
+class SessionSettings(_Model):
+    max_sessions: Count = 20_000
+    """Sessions remembered; the least recently used is forgotten first."""
+    ttl_s: Seconds = 86_400.0
+    """A session not seen for this long is forgotten."""
+
+
+class ProbeSettings(_Model):
+    interval_s: Seconds = 2.0
+    """Time between two probes of a pod."""
+    timeout_s: Seconds = 2.0
+    """Longest wait for a probe's answer."""
+    unhealthy_after: Count = 3
+    """Failed probes in a row after which a pod gets no turns."""
+
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def hash_key(key: str) -> str:
+    """The stored form of an API key: `sha256:` and the hex digest of its UTF-8 bytes.
+
+    A fast hash is right here and a slow one (bcrypt, Argon2) is not: these keys are random, not
+    chosen by people, so there is no dictionary to try, and the hash is taken on every request.
+    """
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+def parse_api_keys(text: str) -> dict[str, list[str]]:
+    """Tenants and their keys from `tenant=key` or `tenant: key` items, one a line or separated by
+    commas; a key may stand hashed (`sha256:<hex>`), a tenant may stand more than once, lines that
+    start with `#` are ignored. A JSON object is read too. Raises `ValueError`, without the text.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            loaded = json.loads(text)
+        except ValueError:
+            raise ValueError("is not valid JSON") from None
+        return {str(k): v if isinstance(v, list) else [v] for k, v in loaded.items()}
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    keys: dict[str, list[str]] = {}
+    for number, item in enumerate(",".join(lines).split(","), start=1):
+        if not item.strip():
+            continue
+        match = re.fullmatch(r"\s*([^\s:=]+)\s*[:=]\s*(\S+)\s*", item)
+        if match is None:
+            raise ValueError(f"holds no 'tenant: key' in item {number}")
+        keys.setdefault(match[1].strip("\"'"), []).append(match[2].strip("\"'"))
+    return keys
+
+
+class AccessSettings(_Model):
+    api_keys_file: Path | None = Field(
+        default=None, json_schema_extra=_allowed("a readable file of lines 'tenant: key'")
+    )
+    """File of lines `tenant: key` or `tenant: sha256:<hex>`; see `cachewise keys new`."""
+    api_keys: dict[str, tuple[SecretStr, ...]] = Field(
+        default={},
+        validate_default=True,
+        json_schema_extra=_allowed("TENANT=KEY[,TENANT=KEY…], a KEY at least 16 characters"),
+    )
+    """Keys that clients may present, by tenant, those of the file included; kept hashed. Without
+    any, every client is let in. Also set by `CACHEWISE_API_KEYS`."""
+    admin_token: SecretStr | None = None
+    """Token that `/v1/cachewise/*` asks for."""
+    forward_client_key: bool = False
+    """Send the client's own key on to the pod."""
+    pod_api_key: SecretStr | None = None
+    """Key sent to pods that have none of their own."""
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            parse_api_keys(_read(value))
+        return value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _hashed(cls, value: object, info: ValidationInfo) -> object:
+        given = parse_api_keys(value) if isinstance(value, str) else value
+        if not isinstance(given, Mapping):
+            raise ValueError("is not a map of tenants and keys")  # noqa: TRY004 (pydantic's)
+        file = info.data.get("api_keys_file")
+        from_file = parse_api_keys(_read(file)) if file else {}
+        hashed: dict[str, dict[str, None]] = {}
+        for keys in (from_file, given):
+            for tenant, secrets in keys.items():
+                for secret in [secrets] if isinstance(secrets, str | SecretStr) else secrets:
+                    plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+                    if not isinstance(plain, str) or len(plain) < 16:
+                        raise ValueError(f"holds a key of tenant {tenant!r} that is too short")
+                    stored = plain.lower() if plain.startswith("sha256:") else hash_key(plain)
+                    if not _DIGEST.fullmatch(stored):
+                        raise ValueError(f"holds a hash of tenant {tenant!r} that is not SHA-256")
+                    hashed.setdefault(str(tenant), {})[stored] = None
+        return {tenant: tuple(digests) for tenant, digests in hashed.items()}
+
+
+class TlsSettings(_Model):
+    certfile: Path | None = Field(
+        default=None, json_schema_extra=_allowed("a readable PEM certificate chain")
+    )
+    """Certificate chain, PEM; HTTPS is served when it and `tls.keyfile` are set."""
+    keyfile: Path | None = Field(
+        default=None,
+        validate_default=True,
+        json_schema_extra=_allowed("the readable, unencrypted PEM key of tls.certfile"),
+    )
+    """Private key, PEM, not encrypted."""
+
+    @field_validator("certfile")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            _read(value)
+        return value
+
+    @field_validator("keyfile")
+    @classmethod
+    def _pair_loads(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if "certfile" not in info.data:
+            return value
+        certfile = info.data["certfile"]
+        if (value is None) != (certfile is None):
+            raise ValueError("is set without tls.certfile" if value else "is missing")
+        if value is not None:
+            _read(value)
+            try:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(certfile, value, password=lambda: "")
+            except (ssl.SSLError, OSError, ValueError) as error:
+                reason = getattr(error, "reason", None) or "no PEM pair"
+                raise ValueError(f"does not load with {str(certfile)!r} ({reason})") from None
+        return value
+
+
+class LogSettings(_Model):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level written."""
+    format: Literal["plain", "json"] = "plain"
+    """Lines for people, or JSON objects."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Built in code it reads nothing but its arguments; the file, the
+    environment and the flags come in through `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        enable_decoding=False,
+    )
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on; the default is this machine alone."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """Port to listen on; 0 takes any free one."""
+    pods: Annotated[tuple[PodSettings, ...], BeforeValidator(_split_list)] = Field(
+        default=(),
+        json_schema_extra=_allowed("URL[,URL…], or a list of URL or of url, name, api_key"),
+    )
+    """The fleet; embedded pods if empty."""
+    models: ModelSettings = ModelSettings()
+    embedded: EmbeddedSettings = EmbeddedSettings()
+    routing: RoutingSettings = RoutingSettings()
+    relay: RelaySettings = RelaySettings()
+    sessions: SessionSettings = SessionSettings()
+    probe: ProbeSettings = ProbeSettings()
+    access: AccessSettings = AccessSettings()
+    tls: TlsSettings = TlsSettings()
+    log: LogSettings = LogSettings()
+    shutdown_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """Time that running turns get to finish at shutdown."""
+
+    @field_validator("pods")
+    @classmethod
+    def _distinct(cls, value: tuple[PodSettings, ...]) -> tuple[PodSettings, ...]:
+        for what, seen in (("url", [p.url for p in value]), ("name", [p.name for p in value])):
+            twice = {item for item in seen if item is not None and seen.count(item) > 1}
+            if twice:
+                raise ValueError(f"has the {what} {min(twice)!r} twice")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @property
+    def loopback_only(self) -> bool:
+        """Whether nothing but this machine can reach the gateway."""
+        try:
+            return ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def load_settings(
+    flags: Mapping[str, Any], config_file: Path | None, env: Mapping[str, str]
+) -> Settings:
+    """Settings from flags (nested as in the file; `None` is not given), environment and file.
+
+    Raises `ConfigError`.
+    """
+    return resolve(flags, config_file, env)[0]
+
+
+def resolve(
+    flags: Mapping[str, Any], config_file: Path | None, env: Mapping[str, str]
+) -> tuple[Settings, dict[str, Source]]:
+    """As `load_settings`, with the source of every key."""
+    layers: list[tuple[Source, dict[Path_, Any]]] = [
+        ("file", dict(_flat(_read_yaml(config_file), f" (in {config_file})"))),
+        ("env", dict(_flat(_read_env(env), " (in the environment)"))),
+        ("flag", {k: v for k, v in _flat(flags, " (on the command line)") if v is not None}),
+    ]
+    values: dict[Path_, Any] = {}
+    sources: dict[Path_, Source] = dict.fromkeys((path for path, _ in leaves()), "default")
+    for source, layer in layers:
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        section = nested
+        for part in path[:-1]:
+            section = section.setdefault(part, {})
+        section[path[-1]] = value
+    try:
+        settings = Settings(**nested)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, sources, config_file)) from None
+    return settings, {".".join(path): source for path, source in sources.items()}
+
+
+def leaves(
+    model: type[BaseModel] = Settings, prefix: Path_ = ()
+) -> Iterator[tuple[Path_, FieldInfo]]:
+    """Every setting, with its path."""
+    for name, field in model.model_fields.items():
+        section = _section(field)
+        if section is None:
+            yield (*prefix, name), field
+        else:
+            yield from leaves(section, (*prefix, name))
+
+
+def env_name(path: Path_) -> str:
+    return ENV_PREFIX + "__".join(path).upper()
+
+
+def is_secret(field: FieldInfo) -> bool:
+    return "SecretStr" in repr(field.annotation)
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a setting may be, in words."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "allowed" in extra:
+        return str(extra["allowed"])
+    kind = _kind(field)
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    limits: dict[str, Any] = {}
+    for item in field.metadata:
+        limits |= {k: v for k in ("gt", "ge", "le") if (v := getattr(item, k, None)) is not None}
+    if "ge" in limits and "le" in limits:
+        bounds = f" from {limits['ge']} to {limits['le']}"
+    else:
+        signs = {"gt": ">", "ge": "≥", "le": "≤"}
+        bounds = "".join(f" {signs[name]} {limit:g}" for name, limit in limits.items())
+    return _NAMES[kind] + bounds
+
+
+_NAMES: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    SecretStr: "a text",
+    Path: "a path",
+}
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The annotation without `None`."""
+    if get_origin(field.annotation) in (Union, UnionType):
+        return next(arg for arg in get_args(field.annotation) if arg is not type(None))
+    return field.annotation
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not a text file") from None
+
+
+def _read_yaml(path: Path | None) -> Mapping[str, Any]:
+    if path is None:
+        return {}
+    try:
+        loaded = yaml.safe_load(_read(path))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}" if mark else ""
+        message = f"{path}: is not YAML{where} ({error.problem})"
+    except yaml.YAMLError:
+        message = f"{path}: is not YAML (it holds a character that YAML does not allow)"
+    except ValueError as error:
+        message = f"{path}: the configuration file {error}; allowed: a readable YAML file"
+    else:
+        if loaded is None or isinstance(loaded, dict):
+            return loaded or {}
+        message = f"{path}: holds no settings; allowed: YAML of the form 'key: value'"
+    raise ConfigError(message)
+
+
+class _Environment(EnvSettingsSource):
+    """pydantic-settings' reader of variables, on a given mapping."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = env
+        super().__init__(Settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in self._env.items()}
+
+
+#: What Kubernetes puts into every container for a Service called `cachewise…`.
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP|SCTP)")
+
+
+def _read_env(env: Mapping[str, str]) -> Mapping[str, Any]:
+    ours = {
+        ENV_SHORT.get(name.upper(), name.upper()): value
+        for name, value in env.items()
+        if name.upper().startswith(ENV_PREFIX)
+        and value != ""
+        and not _SERVICE_LINK.search(name.upper())
+        and not re.match(r"(tcp|udp|sctp)://", value)
+    }
+    names = {name: name.removeprefix(ENV_PREFIX).lower() for name in ours}
+    unknown = {
+        key: ours[name] for name, key in names.items() if key.split("__")[0] not in _top_keys()
+    }
+    return {**_Environment(ours)(), **unknown}
+
+
+def _top_keys() -> set[str]:
+    return set(Settings.model_fields)
+
+
+def _flat(
+    values: Mapping[Any, Any], where: str, model: type[BaseModel] = Settings, prefix: Path_ = ()
+) -> Iterator[tuple[Path_, Any]]:
+    for name, value in values.items():
+        path = (*prefix, str(name))
+        field = model.model_fields.get(str(name))
+        if field is None:
+            raise ConfigError(_unknown(path, model) + where)
+        section = _section(field)
+        if section is None:
+            yield path, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, where, section, path)
+        elif value is not None:
+            shown = (
+                _HIDDEN if any(is_secret(leaf) for _, leaf in leaves(section)) else _shown(value)
+            )
+            keys = ", ".join(section.model_fields)
+            raise ConfigError(
+                f"{'.'.join(path)}: {shown} is not a section; allowed: its keys {keys}{where}"
+            )
+
+
+def _unknown(path: Path_, model: type[BaseModel]) -> str:
+    key = ".".join(path)
+    siblings = {".".join((*path[:-1], name)): None for name in model.model_fields}
+    everywhere = [".".join(leaf) for leaf, _ in leaves()]
+    near = difflib.get_close_matches(key, [*siblings, *everywhere], n=1, cutoff=0.6)
+    if not near:
+        near = [k for k in everywhere if k.rpartition(".")[2] == path[-1]][:1]
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{key}: unknown key; {hint}allowed: {', '.join(model.model_fields)}"
+
+
+_HIDDEN: Final = "the value (not shown)"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        return "a map" if isinstance(value, Mapping) else "a list"
+    text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _one_line(
+    error: ValidationError, sources: Mapping[Path_, Source], config_file: Path | None
+) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    model: type[BaseModel] = Settings
+    field: FieldInfo | None = None
+    for part in first["loc"]:
+        nested = model.model_fields.get(str(part))
+        if nested is not None:
+            field = nested
+            model = (
+                PodSettings if part == "pods" and model is Settings else _section(nested) or model
+            )
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        text = _unknown(tuple(map(str, first["loc"])), model)
+    else:
+        assert field is not None
+        given = first.get("input")
+        secret = is_secret(field) or any(sign in str(given) for sign in ("@", "key"))
+        value = _HIDDEN if secret else _shown(given)
+        problem = _problem(first, field)
+        subject = problem if problem == "is missing" else f"{value} {problem}"
+        text = f"{key}: {subject}; allowed: {allowed(field)}"
+    leaf = next((p for p in sources if p == tuple(map(str, first["loc"]))[: len(p)]), None)
+    source = sources[leaf] if leaf else "default"
+    if leaf and source != "default":
+        names = {"env": env_name(leaf), "file": str(config_file), "flag": "the command line"}
+        text += f" (from {names[source]})"
+    if len(problems) > 1:
+        text += f" (and {len(problems) - 1} more)"
+    return " ".join(text.split())
+
+
+def _problem(error: Mapping[str, Any], field: FieldInfo) -> str:
+    match error["type"]:
+        case "value_error":
+            cause = error["ctx"]["error"]
+            return "is not valid JSON" if isinstance(cause, json.JSONDecodeError) else str(cause)
+        case "missing":
+            return "is missing"
+        case "greater_than" | "greater_than_equal" | "less_than_equal" | "finite_number":
+            return "is out of range"
+        case "literal_error":
+            return "is not one of the choices"
+        case "string_too_short":
+            return "is empty"
+    return f"is not {_NAMES.get(_kind(field), 'of this form')}"
