@@ -6,10 +6,15 @@ session, key, path or text of a client is ever a label.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from gateway.fleet.pod import Pod
+from gateway.sessions import SessionStore
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
@@ -183,3 +188,30 @@ class Metrics:
             "Log lines given up because the log could not be written fast enough.",
             registry=registry,
         )
+
+    def refresh(self, fleet: Iterable[Pod], sessions: SessionStore, log_lines_dropped: int) -> None:
+        """Set the gauges from the state they mirror; called at each scrape."""
+        states = {"running": 0, "idle": 0, "ended": 0}
+        for session in sessions:
+            states[session.state] += 1
+        for state, count in states.items():
+            self.sessions.labels(state).set(count)
+        _raise_to(self.sessions_evicted, sessions.evicted_total)
+        _raise_to(self.log_lines_dropped, log_lines_dropped)
+        for gauge in (self.pod_capacity, self.pod_kv_usage):
+            gauge.clear()
+        for pod in fleet:
+            self.pod_ready.labels(pod.name).set(pod.ready)
+            self.pod_in_flight.labels(pod.name).set(pod.in_flight)
+            self.pod_queued.labels(pod.name).set(pod.queued_prefill_tokens)
+            self.pod_rate.labels(pod.name).set(pod.rate.tokens_per_s)
+            self.pod_resident.labels(pod.name).set(pod.residency.total_tokens)
+            if pod.residency.capacity_tokens is not None:
+                self.pod_capacity.labels(pod.name).set(pod.residency.capacity_tokens)
+            if pod.load is not None and pod.load.kv_usage_ratio is not None:
+                self.pod_kv_usage.labels(pod.name).set(pod.load.kv_usage_ratio)
+
+
+def _raise_to(counter: Counter, total: int) -> None:
+    """Bring a counter up to a total that is counted elsewhere."""
+    counter.inc(max(0, total - counter._value.get()))

@@ -12,7 +12,7 @@ sessions, and take ``now``.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from secrets import token_hex
@@ -39,6 +39,7 @@ from gateway.idle import (
     went_to_background,
 )
 from gateway.prefix import Prefix, PrefixChange, TailIndex, advance
+from gateway.routing import Decision
 
 _V = TypeVar("_V")
 
@@ -97,6 +98,8 @@ class Session:
     tool_calls: int = 0
     has_tools: bool = False
     final: bool = False
+    decision: Decision | None = None
+    """How the latest turn was routed."""
 
     @property
     def state(self) -> str:
@@ -111,12 +114,25 @@ class Turn:
 
     session: Session
     request_class: RequestClass
+    identified_by: str
+    prefix: Prefix
     change: PrefixChange
     prompt_tokens: int
     same_tokens: int
     lost_tokens: int
     gap: Gap | None
+    forked_from: tuple[str, int] | None
+    """The chain (its sid) that this new one continues, and how many tokens they share."""
     started_at: float
+
+    def heads(self, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """Links of the prompt's prefix after the given segments and the tokens up to there."""
+        prefix, rate = self.prefix, self.session.tokens_per_byte
+        return [
+            (prefix.chain[i], round(prefix.end_bytes[i] * rate))
+            for i in positions
+            if i < len(prefix) and prefix.end_bytes[i] > 0
+        ]
 
 
 class SessionStore:
@@ -141,6 +157,10 @@ class SessionStore:
         """Sessions, least recently seen first."""
         return iter(self._sessions.values())
 
+    def __reversed__(self) -> Iterator[Session]:
+        """Sessions, most recently seen first."""
+        return reversed(self._sessions.values())
+
     def by_sid(self, sid: str) -> Session | None:
         key = self._by_sid.get(sid)
         return self._sessions.get(key) if key is not None else None
@@ -160,7 +180,7 @@ class SessionStore:
         if named is not None and self._distrust.get(f"{scope:x}:{named.source}", 0) >= 3:
             named = None
         request_class = classify(headers, request, named)
-        session, prefix, change = self._resolve(
+        session, prefix, change, by, fork = self._resolve(
             headers, request, named, request_class, tenant, scope, now
         )
         gap = self._close_gap(session, request, now)
@@ -185,11 +205,14 @@ class SessionStore:
         return Turn(
             session=session,
             request_class=request_class,
+            identified_by=by,
+            prefix=prefix,
             change=change,
             prompt_tokens=max(1, round(change.total_bytes * session.tokens_per_byte)),
             same_tokens=round(change.same_bytes * session.tokens_per_byte),
             lost_tokens=lost_tokens,
             gap=gap,
+            forked_from=fork,
             started_at=now,
         )
 
@@ -202,7 +225,8 @@ class SessionStore:
         tenant: str,
         scope: int,
         now: float,
-    ) -> tuple[Session, Prefix, PrefixChange]:
+    ) -> tuple[Session, Prefix, PrefixChange, str, tuple[str, int] | None]:
+        """The session of a request, its prefix, how it was recognised, what it was forked from."""
         aside = request_class == "auxiliary" or (
             request_class == "compaction" and not request.has_tools
         )
@@ -220,7 +244,7 @@ class SessionStore:
             if known is not None:
                 prefix, change = advance(known.prefix, request)
                 self._distrust.pop(f"{scope:x}:{named.source}", None)
-                return known, prefix, change
+                return known, prefix, change, named.source, None
             prefix, change = advance(None, request)
             if not aside:
                 forked_from = self._continued(request, prefix, scope)
@@ -229,11 +253,11 @@ class SessionStore:
             owner = self._owner_of_calls(request, scope)
             if owner is not None:
                 prefix, change = advance(owner.prefix, request)
-                return owner, prefix, change
+                return owner, prefix, change, "tool_call_id", None
             prefix, change = advance(None, request)
             if not aside and (owner := self._continued(request, prefix, scope)) is not None:
                 prefix, change = advance(owner.prefix, request)
-                return owner, prefix, change
+                return owner, prefix, change, "prefix", None
             chain = token_hex(16)
             key, group, parent = f"{scope:x}:{chain}", chain, None
 
@@ -251,15 +275,18 @@ class SessionStore:
             seen_at=now,
             request_class=request_class,
         )
+        fork = None
         if forked_from is not None:
             session.forked_from = forked_from.sid
             session.tokens_per_byte = forked_from.tokens_per_byte
+            shared_bytes = advance(forked_from.prefix, request)[1].same_bytes
+            fork = forked_from.sid, round(shared_bytes * session.tokens_per_byte)
         elif (relative := self._sessions.get(f"{scope:x}:{parent or group}")) is not None:
             session.tokens_per_byte = relative.tokens_per_byte
         self._sessions[key] = session
         self._by_sid[session.sid] = key
         self._make_room()
-        return session, prefix, change
+        return session, prefix, change, source, fork
 
     def _owner_of_calls(self, request: TurnRequest, scope: int) -> Session | None:
         """The session that was issued the newest tool-call id found in the request, or whose

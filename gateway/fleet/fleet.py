@@ -13,7 +13,7 @@ from gateway.config import PodSettings, ProbeSettings
 from gateway.fleet.pod import Pod
 from gateway.fleet.probe import ProbeResult, probe
 
-logger = logging.getLogger("cachewise.fleet")
+logger = logging.getLogger("gateway.fleet")
 
 
 class Fleet:
@@ -23,11 +23,16 @@ class Fleet:
         self, pods: Sequence[PodSettings], settings: ProbeSettings, pod_api_key: str | None = None
     ) -> None:
         self.settings = settings
+        self.pod_api_key = pod_api_key
         self.pods: dict[str, Pod] = {}
         for pod in pods:
-            name = pod.name or pod.url.partition("://")[2]
-            key = pod.api_key.get_secret_value() if pod.api_key is not None else pod_api_key
-            self.pods[name] = Pod(name=name, url=pod.url, api_key=key)
+            self.add(pod)
+
+    def add(self, pod: PodSettings) -> None:
+        """Take a pod in; it gets turns once a probe finds it ready."""
+        name = pod.name or pod.url.partition("://")[2]
+        key = pod.api_key.get_secret_value() if pod.api_key is not None else self.pod_api_key
+        self.pods[name] = Pod(name=name, url=pod.url, api_key=key)
 
     def __iter__(self) -> Iterator[Pod]:
         return iter(self.pods.values())

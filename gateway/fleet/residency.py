@@ -21,6 +21,9 @@ class Residency:
 
     def __init__(self, capacity_tokens: int | None = None) -> None:
         self.capacity_tokens = capacity_tokens
+        self.usable_share = 1.0
+        """Of the capacity, what sessions can count on: lowered when a pod held less than believed
+        (running requests and traffic of others take their part), raised slowly when it held all."""
         self.total_tokens = 0
         self._tokens: OrderedDict[str, int] = OrderedDict()
         self._heads: OrderedDict[int, str] = OrderedDict()
@@ -54,6 +57,15 @@ class Residency:
             self._heads.popitem(last=False)
         self._trim()
 
+    def learn(self, expected_tokens: int, cached_tokens: int) -> None:
+        """A response said how many tokens were cached, where ``expected_tokens`` were believed."""
+        if expected_tokens <= 0:
+            return
+        if cached_tokens < 0.9 * expected_tokens:
+            self.usable_share = max(0.3, 0.97 * self.usable_share)
+        else:
+            self.usable_share = min(1.0, self.usable_share + 0.005)
+
     def drop(self, sid: str) -> None:
         """The chain is gone, or was found not to be there."""
         self.total_tokens -= self._tokens.pop(sid, 0)
@@ -71,9 +83,10 @@ class Residency:
     def _trim(self) -> None:
         if self.capacity_tokens is None:
             return
-        while self.total_tokens > self.capacity_tokens and self._tokens:
+        room_tokens = int(self.capacity_tokens * self.usable_share)
+        while self.total_tokens > room_tokens and self._tokens:
             sid, tokens = next(iter(self._tokens.items()))
-            surplus = self.total_tokens - self.capacity_tokens
+            surplus = self.total_tokens - room_tokens
             if tokens > surplus:
                 self._tokens[sid] = tokens - surplus
                 self.total_tokens -= surplus

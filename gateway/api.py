@@ -1,0 +1,182 @@
+"""What the gateway knows, as JSON: ``/v1/cachewise/sessions``, ``/sessions/{id}``, ``/pods``.
+
+For operators, behind the admin token when one is set. No text of a conversation, no key and no
+argument is in it: names of tools, counts, times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.access import Unauthorized
+from gateway.errors import GatewayError, render
+from gateway.fleet.pod import Pod
+from gateway.gateway import Gateway
+from gateway.sessions import Gap, Session
+
+MAX_SESSIONS_LISTED = 1000
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def admin_only(gateway: Gateway, handler: Handler) -> Handler:
+    """``handler``, for whoever presents the admin token (for everyone where none is set)."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            gateway.access.admin(request.scope["headers"])
+        except Unauthorized as error:
+            return error_response(GatewayError(401, "invalid_admin_token", str(error)))
+        return await handler(request)
+
+    return guarded
+
+
+def error_response(error: GatewayError) -> Response:
+    status, headers, body = render(error, "openai")
+    return Response(body, status, {n.decode(): v.decode() for n, v in headers})
+
+
+def json_response(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+class Api:
+    """The handlers, over one gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def sessions(self, request: Request) -> Response:
+        """Sessions, most recently seen first. Query: ``limit``, ``state``, ``group``."""
+        query = request.query_params
+        text = query.get("limit", "100")
+        if not text.isdecimal() or not 1 <= int(text) <= MAX_SESSIONS_LISTED:
+            return error_response(
+                GatewayError(
+                    400,
+                    "invalid_request",
+                    f"limit: {text[:20]!r}; allowed: a whole number from 1 to"
+                    f" {MAX_SESSIONS_LISTED}",
+                )
+            )
+        state = query.get("state")
+        if state not in (None, "running", "idle", "ended"):
+            return error_response(
+                GatewayError(
+                    400, "invalid_request", f"state: {state[:20]!r}; allowed: running, idle, ended"
+                )
+            )
+        now = time.monotonic()
+        found = []
+        for session in reversed(self.gateway.sessions):
+            if state is not None and session.state != state:
+                continue
+            if "group" in query and session.group != query["group"]:
+                continue
+            found.append(self._session(session, now))
+            if len(found) == int(text):
+                break
+        return json_response({"object": "list", "total": len(self.gateway.sessions), "data": found})
+
+    async def session(self, request: Request) -> Response:
+        """One session, with its latest gaps and the explanation of its latest route."""
+        session = self.gateway.sessions.by_sid(request.path_params["sid"])
+        if session is None:
+            return error_response(
+                GatewayError(404, "session_not_found", "No session of this id is known.")
+            )
+        now = time.monotonic()
+        detail = self._session(session, now)
+        detail["gaps"] = [self._gap(gap) for gap in session.gaps]
+        detail["route"] = session.decision.explain() if session.decision is not None else None
+        detail["resident_tokens"] = {
+            pod.name: tokens
+            for pod in self.gateway.fleet
+            if (tokens := pod.residency.tokens(session.sid))
+        }
+        return json_response(detail)
+
+    async def pods(self, request: Request) -> Response:
+        """The pods: health, models, capabilities, load, what their caches are believed to hold."""
+        return json_response({"object": "list", "data": [_pod(pod) for pod in self.gateway.fleet]})
+
+    def _time(self, monotonic_s: float | None) -> str | None:
+        if monotonic_s is None:
+            return None
+        at = datetime.fromtimestamp(monotonic_s + self.gateway.wall_minus_monotonic_s, UTC)
+        return at.isoformat(timespec="milliseconds")
+
+    def _gap(self, gap: Gap) -> dict[str, Any]:
+        return {
+            "ended_at": self._time(gap.at),
+            "seconds": round(gap.seconds, 4),
+            "kind": gap.kind,
+            "tools": list(gap.tools),
+        }
+
+    def _session(self, session: Session, now: float) -> dict[str, Any]:
+        usage = session.usage
+        idle = session.idle_since is not None and not session.in_flight
+        return {
+            "id": session.sid,
+            "group": session.group,
+            "parent": session.parent,
+            "forked_from": session.forked_from,
+            "tenant": session.tenant,
+            "client": session.client,
+            "class": session.request_class,
+            "identified_by": session.source,
+            "model": session.model,
+            "pod": session.pod,
+            "state": session.state,
+            "in_flight": session.in_flight,
+            "idle_kind": session.idle_kind if idle else None,
+            "idle_seconds": round(now - session.idle_since, 3)
+            if idle and session.idle_since is not None
+            else None,
+            "waiting_for": list(session.waiting_for) if idle else [],
+            "in_background": len(session.background),
+            "turns": session.turns,
+            "tool_calls": session.tool_calls,
+            "created_at": self._time(session.created_at),
+            "seen_at": self._time(session.seen_at),
+            "prompt_tokens": usage.prompt_tokens if usage else None,
+            "cached_tokens": usage.cached_tokens if usage else None,
+            "output_tokens": usage.output_tokens if usage else None,
+            "prefix_breaks": session.breaks,
+            "prefix_lost_tokens": session.lost_tokens,
+            "last_gap": self._gap(session.gaps[-1]) if session.gaps else None,
+        }
+
+
+def _pod(pod: Pod) -> dict[str, Any]:
+    load = pod.load
+    return {
+        "name": pod.name,
+        "url": pod.url,
+        "ready": pod.ready,
+        "draining": pod.draining,
+        "models": list(pod.models),
+        "max_model_len": pod.max_model_len,
+        "version": pod.version,
+        "capabilities": list(pod.capabilities),
+        "in_flight_turns": pod.in_flight,
+        "queued_prefill_tokens": pod.queued_prefill_tokens,
+        "prefill_tokens_per_second": round(pod.rate.tokens_per_s, 1),
+        "resident_tokens": pod.residency.total_tokens,
+        "resident_sessions": len(pod.residency),
+        "kv_capacity_tokens": pod.residency.capacity_tokens,
+        "kv_usable_share": round(pod.residency.usable_share, 3),
+        "kv_usage_ratio": load.kv_usage_ratio if load else None,
+        "running_requests": load.running_requests if load else None,
+        "waiting_requests": load.waiting_requests if load else None,
+        "warnings": list(pod.warnings),
+    }

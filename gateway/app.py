@@ -1,0 +1,193 @@
+"""The ASGI app: routes, and what starts and stops with the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from gateway.api import Api, admin_only, error_response, json_response
+from gateway.config import PodSettings, Settings
+from gateway.dialects import DIALECTS
+from gateway.embedded.fleet import EmbeddedFleet
+from gateway.errors import GatewayError
+from gateway.gateway import Gateway
+from gateway.logs import dropped_total
+from gateway.turns import CountTokensEndpoint, TurnEndpoint, authenticate
+
+logger = logging.getLogger("gateway.app")
+
+HOUSEKEEPING_S = 1.0
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The gateway as an ASGI app. Without pods in ``settings`` it starts embedded ones."""
+    gateway = Gateway(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if not settings.pods:
+                await stack.enter_async_context(embedded_fleet(gateway))
+            await stack.enter_async_context(gateway.relay)
+            await stack.enter_async_context(gateway.fleet.watched())
+            await stack.enter_async_context(housekeeping(gateway))
+            yield
+            gateway.draining = True
+
+    plain = Plain(gateway)
+    api = Api(gateway)
+    admin = "/v1/cachewise"
+    app = Starlette(
+        lifespan=lifespan,
+        routes=[
+            *(Route(d.path, TurnEndpoint(gateway, d), methods=["POST"]) for d in DIALECTS),
+            Route("/v1/responses", plain.no_websocket, methods=["GET"]),
+            Route(
+                "/v1/messages/count_tokens",
+                CountTokensEndpoint(gateway, "/v1/messages/count_tokens", "anthropic"),
+                methods=["POST"],
+            ),
+            Route("/v1/models", plain.models),
+            Route("/", plain.hello, methods=["GET"]),
+            Route("/api/hello", plain.hello, methods=["GET"]),
+            Route("/health", plain.health),
+            Route("/ready", plain.ready),
+            Route("/metrics", plain.metrics),
+            Route(f"{admin}/sessions", admin_only(gateway, api.sessions)),
+            Route(f"{admin}/sessions/{{sid}}", admin_only(gateway, api.session)),
+            Route(f"{admin}/pods", admin_only(gateway, api.pods)),
+        ],
+        exception_handlers={404: not_found, 405: not_found},
+    )
+    app.state.gateway = gateway
+    return app
+
+
+@asynccontextmanager
+async def embedded_fleet(gateway: Gateway) -> AsyncIterator[None]:
+    """Start embedded pods and make them the gateway's fleet; any model name reaches them."""
+    settings = gateway.settings.embedded
+    async with EmbeddedFleet(settings) as embedded:
+        for number, url in enumerate(embedded.urls):
+            gateway.fleet.add(PodSettings(url=url, name=f"embedded-{number}"))
+        gateway.aliases.setdefault("*", settings.model)
+        yield
+
+
+@asynccontextmanager
+async def housekeeping(gateway: Gateway) -> AsyncIterator[None]:
+    """Forget old sessions and measure the event loop's lag, once a second."""
+
+    async def keep_house() -> None:
+        lags: deque[float] = deque(maxlen=10)
+        while True:
+            due = time.monotonic() + HOUSEKEEPING_S
+            await asyncio.sleep(HOUSEKEEPING_S)
+            lags.append(max(0.0, time.monotonic() - due))
+            gateway.metrics.loop_lag.set(max(lags))
+            for session in gateway.sessions.expire(time.monotonic()):
+                for pod in gateway.fleet:
+                    pod.residency.drop(session.sid)
+
+    task = asyncio.create_task(keep_house(), name="housekeeping")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+class Plain:
+    """The small endpoints."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def hello(self, request: Request) -> Response:
+        return PlainTextResponse("CacheWise Gateway\n")
+
+    async def health(self, request: Request) -> Response:
+        """The process lives."""
+        return json_response({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Turns can be taken: at least one pod is ready and the gateway is not shutting down."""
+        pods = {pod.name: pod.ready for pod in self.gateway.fleet}
+        ready = any(pods.values()) and not self.gateway.draining
+        response = json_response({"status": "ready" if ready else "not_ready", "pods": pods})
+        response.status_code = 200 if ready else 503
+        return response
+
+    async def models(self, request: Request) -> Response:
+        """All models and aliases, in a shape that OpenAI's and Anthropic's clients both read."""
+        gateway = self.gateway
+        try:
+            authenticate(gateway, request.scope)
+        except GatewayError as error:
+            return error_response(error)
+        served = gateway.fleet.models
+        named = {name: (name, pod) for name, pod in served.items()}
+        for alias, name in gateway.aliases.items():
+            if alias != "*" and name in served:
+                named.setdefault(alias, (name, served[name]))
+        created = int(time.time())
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "type": "model",
+                "display_name": name,
+                "created": created,
+                "created_at": "1970-01-01T00:00:00Z",
+                "owned_by": "cachewise",
+                "root": root,
+                "max_model_len": pod.max_model_len,
+            }
+            for name, (root, pod) in named.items()
+        ]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
+        return json_response({"object": "list", "data": data, "has_more": False, **ends})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
+        gateway = self.gateway
+        gateway.metrics.refresh(gateway.fleet, gateway.sessions, dropped_total())
+        return Response(
+            generate_latest(gateway.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST}
+        )
+
+    async def no_websocket(self, request: Request) -> Response:
+        """Codex tries a WebSocket first; 426 sends it to HTTP at once (`clients.md` §0.7)."""
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            response = error_response(
+                GatewayError(426, "upgrade_required", "Responses are served over HTTP here.")
+            )
+            response.headers["upgrade"] = "HTTP/1.1"
+            return response
+        return await not_found(request, Exception())
+
+
+async def not_found(request: Request, _: Exception) -> Response:
+    known = any(getattr(route, "path", None) == request.url.path for route in request.app.routes)
+    if known:
+        return error_response(
+            GatewayError(
+                405, "method_not_allowed", f"{request.method} is not served at {request.url.path}."
+            )
+        )
+    return error_response(
+        GatewayError(404, "not_found", f"{request.url.path[:200]} is not served by this gateway.")
+    )

@@ -1,0 +1,70 @@
+"""The gateway's parts, held together: what a turn needs on its way."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from hashlib import blake2b
+
+from gateway.access import Access, Tenant
+from gateway.config import Settings
+from gateway.errors import GatewayError
+from gateway.fleet.fleet import Fleet
+from gateway.metrics import Metrics
+from gateway.relay import Relay
+from gateway.sessions import SessionStore
+
+
+class Gateway:
+    """One gateway. Built from settings alone; `gateway.app` enters its relay and fleet."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.access = Access(settings.access)
+        pod_key = settings.access.pod_api_key
+        self.fleet = Fleet(
+            settings.pods,
+            settings.probe,
+            pod_key.get_secret_value() if pod_key is not None else None,
+        )
+        self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
+        self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
+        self.metrics = Metrics()
+        self.aliases = dict(settings.models.aliases)
+        self.draining = False
+        self.turns_routed = 0
+        self.wall_minus_monotonic_s = time.time() - time.monotonic()
+
+    def served_model(self, model: str) -> str:
+        """The model that pods know for the name a client used. Raises `GatewayError` 404."""
+        if self.fleet.knows(model):
+            return model
+        served = self.aliases.get(model) or self.aliases.get("*")
+        if served is not None and self.fleet.knows(served):
+            return served
+        known = sorted({name for pod in self.fleet for name in pod.models})
+        if not known:
+            raise GatewayError(
+                503, "no_pod_ready", "No pod is ready yet; try again shortly.", retry_after_s=2
+            )
+        names = ", ".join(known[:8])
+        if served is not None:
+            raise GatewayError(
+                404,
+                "model_not_found",
+                f"The model {model[:128]!r} is an alias of {served!r}, which no pod serves;"
+                f" served: {names}.",
+            )
+        raise GatewayError(
+            404,
+            "model_not_found",
+            f"The model {model[:128]!r} does not exist here; served: {names}. The operator can map"
+            f" it with --model-alias '{model[:128]}={known[0]}', or any name with"
+            f" --model-alias '*={known[0]}'.",
+        )
+
+
+@lru_cache(maxsize=4096)
+def scope_of(tenant: Tenant) -> int:
+    """The number that keeps a tenant's sessions apart from all others'."""
+    return int.from_bytes(blake2b(tenant.scope, digest_size=8).digest(), "big")

@@ -1,0 +1,346 @@
+"""The data plane: bytes from the client to a pod and back, untouched.
+
+`Relay.open` sends a request and waits for the pod's first byte; until then nothing has reached the
+client and the turn may still be given to another pod. `Answer.pass_on` then hands every chunk to
+the client as it comes and shows a copy to an observer. An event stream is only ever cut between two
+events, so that an error event can end it well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from gateway.config import RelaySettings
+from gateway.dialects.turn import Observer
+from gateway.errors import GatewayError
+from gateway.fleet.pod import Pod
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+HeaderList = Iterable[tuple[bytes, bytes]]
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""Headers that belong to one connection (RFC 9110 §7.6.1)."""
+NOT_SENT_ON = HOP_BY_HOP | {
+    b"accept-encoding",
+    b"content-encoding",
+    b"content-length",
+    b"expect",
+    b"host",
+    b"x-cachewise-priority",
+    b"x-cachewise-route",
+    b"x-session-id",
+}
+"""Request headers the gateway answers for itself. Pods answer uncompressed, so that the observer
+can read; the body was decompressed; the session id is the gateway's own."""
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"x-cachewise-admin-token"})
+NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
+
+MAX_WHOLE_BYTES = 8 * 1024 * 1024
+"""An answer that is no event stream and not longer than this reaches the client whole or not at
+all; a longer one is passed on as it comes."""
+MAX_HELD_BYTES = 256 * 1024
+"""Bytes of an unfinished event that are held back at the most."""
+
+
+class PodError(Exception):
+    """The pod failed before its first byte. ``reason`` is a fixed word for metrics."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Refused(PodError):  # noqa: N818
+    """No connection: the pod is not there."""
+
+
+class Dropped(PodError):  # noqa: N818
+    """The connection broke; if it was a kept one, the pod may just have closed it for age."""
+
+
+class TimedOut(PodError):  # noqa: N818
+    """The pod said nothing in time."""
+
+
+class BrokenOffError(Exception):
+    """The pod failed in the middle of its answer."""
+
+
+@lru_cache(maxsize=4096)
+def _url(base: str, path: str, query: str) -> URL:
+    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
+
+
+class Relay:
+    """Sends requests to pods over kept connections. Use as an async context manager."""
+
+    def __init__(self, settings: RelaySettings, *, forward_client_key: bool) -> None:
+        self.settings = settings
+        self._not_sent_on = NOT_SENT_ON if forward_client_key else NOT_SENT_ON | CREDENTIALS
+        self._timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=settings.connect_timeout_s,
+            sock_read=settings.first_byte_timeout_s,
+        )
+        self._client: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Relay:
+        self._client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0,
+                # vLLM's server closes idle connections after 5 s; be first.
+                keepalive_timeout=4.0,
+                ttl_dns_cache=10,
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            timeout=self._timeout,
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def headers_for(
+        self, pod: Pod, headers: HeaderList, session_id: str | None
+    ) -> list[tuple[str, str]]:
+        """The client's headers as the pod gets them."""
+        drop = self._not_sent_on
+        sent = [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in headers
+            if name not in drop
+        ]
+        if pod.api_key is not None:
+            sent.append(("Authorization", f"Bearer {pod.api_key}"))
+        if session_id is not None:
+            sent.append(("X-Session-ID", session_id))
+        return sent
+
+    async def open(
+        self,
+        pod: Pod,
+        method: str,
+        path: str,
+        query: str,
+        headers: list[tuple[str, str]],
+        body: bytes | None,
+    ) -> Answer:
+        """Send a request and wait for the first byte of the answer. Raises `PodError`."""
+        assert self._client is not None
+        data = io.BytesIO(body) if body is not None and len(body) > 1 << 20 else body
+        response: aiohttp.ClientResponse | None = None
+        try:
+            response = await self._client.request(
+                method,
+                _url(pod.url, path, query),
+                data=data,
+                headers=headers,
+                allow_redirects=False,
+            )
+            answer = Answer(response)
+            await answer.begin(self.settings.idle_timeout_s)
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if isinstance(error, Exception):
+                raise _pod_error(error) from error
+            raise
+        return answer
+
+
+def _pod_error(error: Exception) -> PodError:
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            return Refused("connect_timeout", "the connection was not accepted in time")
+        case aiohttp.ClientConnectorError():
+            return Refused("refused", "the connection was refused")
+        case TimeoutError():
+            return TimedOut("first_byte_timeout", "no answer in time")
+        case aiohttp.ClientError() | OSError():
+            return Dropped("disconnected", "the connection broke before the answer began")
+        case _:
+            return Dropped("failed", f"unexpected {type(error).__name__}")
+
+
+class Answer:
+    """A pod's answer whose first byte is there. `close` it on every exit."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.event_stream = response.content_type == "text/event-stream"
+        self.whole = False
+        self._first = b""
+
+    async def begin(self, idle_timeout_s: float) -> None:
+        """Wait for the first chunk, or for all of an answer that is handed on whole."""
+        response = self._response
+        length = response.content_length
+        if not self.event_stream and (length or 0) <= MAX_WHOLE_BYTES:
+            chunks: list[bytes] = []
+            size = 0
+            while chunk := await response.content.readany():
+                chunks.append(chunk)
+                if (size := size + len(chunk)) > MAX_WHOLE_BYTES:
+                    break
+            else:
+                self.whole = True
+            self._first = b"".join(chunks)
+        else:
+            self._first = await response.content.readany()
+        if not self.whole and response.connection is not None:
+            protocol = response.connection.protocol
+            if protocol is not None:
+                protocol.read_timeout = idle_timeout_s
+
+    async def pass_on(
+        self, send: Send, observer: Callable[[bytes], None], extra: Sequence[tuple[bytes, bytes]]
+    ) -> None:
+        """Give the client the answer. ``observer`` sees a copy of each chunk. Raises
+        `BrokenOffError` if the pod fails on the way; the client then has only whole events."""
+        headers = [
+            (n, v) for n, v in self._response.raw_headers if n.lower() not in NOT_PASSED_BACK
+        ]
+        headers.extend(extra)
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        chunk = self._first
+        self._first = b""
+        if self.whole:
+            await send({"type": "http.response.body", "body": chunk, "more_body": False})
+            observer(chunk)
+            return
+        read = self._response.content.readany
+        held = b""
+        try:
+            while chunk:
+                if self.event_stream and (held or not chunk.endswith(b"\n\n")):
+                    ready, held = whole_events(held + chunk)
+                    if ready:
+                        await send({"type": "http.response.body", "body": ready, "more_body": True})
+                else:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                observer(chunk)
+                chunk = await read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise BrokenOffError(type(error).__name__) from error
+        await send({"type": "http.response.body", "body": held, "more_body": False})
+
+    def close(self) -> None:
+        """Give the connection back if the answer was read to its end, else cut it: the pod then
+        aborts the request."""
+        if self._response.content.is_eof() and self._response.content.at_eof():
+            self._response.release()
+        else:
+            self._response.close()
+
+
+def whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """Cut a piece of an event stream after its last whole event."""
+    cut = data.rfind(b"\n\n") + 2
+    crlf = data.rfind(b"\r\n\r\n") + 4
+    if crlf > 3:
+        cut = max(cut, crlf)
+    if cut < 2 or len(data) - cut > MAX_HELD_BYTES:
+        cut = len(data) if len(data) > MAX_HELD_BYTES else 0
+    return data[:cut], data[cut:]
+
+
+async def read_body(receive: Callable[[], Awaitable[Any]], limit_bytes: int) -> bytes:
+    """The whole request body. Raises `GatewayError` 413 above the limit, and
+    `ClientGoneError` if the client leaves meanwhile."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        chunks = [body]
+        size = len(body)
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            chunk = message.get("body", b"")
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit_bytes:
+                raise too_large(limit_bytes)
+            if not message.get("more_body", False):
+                break
+        body = b"".join(chunks)
+    if len(body) > limit_bytes:
+        raise too_large(limit_bytes)
+    return body
+
+
+def too_large(limit_bytes: int) -> GatewayError:
+    return GatewayError(
+        413,
+        "request_too_large",
+        f"The request body is larger than this gateway takes ({limit_bytes} bytes; the operator's "
+        "setting is relay.max_body_bytes).",
+    )
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection."""
+
+
+class Departure:
+    """Cancels the current task when the client leaves, as a context manager.
+
+    Inside, a client's disconnect raises `asyncio.CancelledError` at the next await; on exit it is
+    turned into `ClientGoneError`. A cancellation from elsewhere (shutdown) stays what it is.
+    """
+
+    def __init__(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        self._receive = receive
+        self.gone = False
+
+    async def __aenter__(self) -> Departure:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch(), name="departure")
+        return self
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self._task.cancel()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        self._watcher.cancel()
+        if self.gone and self._task.uncancel() == 0 and exc_type is asyncio.CancelledError:
+            raise ClientGoneError from None
+
+
+def elapsed_s(since: float) -> float:
+    return time.monotonic() - since
