@@ -44,8 +44,9 @@ def dropped_total() -> int:
 
 @contextmanager
 def logging_to(settings: LogSettings, stream: TextIO | None = None) -> Iterator[LogQueue]:
-    """Sends the gateway's and uvicorn's logs to `stream` (standard error) in the chosen form; undone on exit, when
-    what is queued is written, for at most `STOP_TIMEOUT_S`.
+    """Sends the gateway's and uvicorn's logs to `stream` (standard error) in the chosen form.
+
+    Undone on exit, when what is queued is written, for at most `STOP_TIMEOUT_S`.
     """
     records: Queue[logging.LogRecord | None] = Queue(QUEUE_RECORDS)
     handler = LogQueue(records)
