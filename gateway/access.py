@@ -19,7 +19,7 @@ Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
 ADMIN_HEADER: Final = b"x-cachewise-admin-token"
 
 
-class Unauthorized(GatewayError):
+class Unauthorized(GatewayError):  # noqa: N818 (what HTTP calls it)
     """No credential, or one that is not known."""
 
     def __init__(self, message: str) -> None:

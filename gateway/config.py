@@ -182,7 +182,8 @@ class ProbeSettings(_Model):
     """Failed probes in a row after which a pod gets no turns."""
 
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+TENANT: Final = re.compile(r"[\w.@/-]{1,64}", re.ASCII)
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def hash_key(key: str) -> str:
@@ -254,6 +255,8 @@ class AccessSettings(_Model):
         hashed: dict[str, dict[str, None]] = {}
         for keys in (from_file, given):
             for tenant, secrets in keys.items():
+                if not TENANT.fullmatch(str(tenant)):
+                    raise ValueError("holds a tenant that is not of letters, digits and . _ - @ /")
                 for secret in [secrets] if isinstance(secrets, str | SecretStr) else secrets:
                     plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
                     if not isinstance(plain, str) or len(plain) < 16:
@@ -450,6 +453,18 @@ def allowed(field: FieldInfo) -> str:
     return _NAMES[kind] + bounds
 
 
+def shown(value: Any, field: FieldInfo) -> str:
+    """A value as `cachewise config show` and the reference write it; secrets are masked."""
+    if isinstance(value, tuple | dict) and value and not is_secret(field):
+        items = value.items() if isinstance(value, dict) else ((pod.url,) for pod in value)
+        return ",".join("=".join(item) for item in items)
+    if value is None or value == () or value == {}:
+        return "-"
+    if is_secret(field):
+        return ",".join(value) + " (hidden)" if isinstance(value, dict) else "(hidden)"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 _NAMES: Final[dict[Any, str]] = {
     int: "a whole number",
     float: "a number",
@@ -629,3 +644,53 @@ def _problem(error: Mapping[str, Any], field: FieldInfo) -> str:
         case "string_too_short":
             return "is empty"
     return f"is not {_NAMES.get(_kind(field), 'of this form')}"
+
+
+def reference() -> str:
+    """The page of all settings, Markdown."""
+    lines = [
+        "# Configuration",
+        "",
+        "Settings come from flags, over the environment, over a YAML file (`--config FILE`), over",
+        "defaults. A value replaces the whole value below it: lists and maps are not merged. An",
+        "empty variable counts as not set. `cachewise config check FILE` checks a file,",
+        "`cachewise config show` prints what is in effect and where it comes from.",
+        "",
+        "```yaml",
+        "pods:",
+        "  - http://pod-a:8000",
+        "  - {url: http://pod-b:8000, name: b}",
+        "models:",
+        '  aliases: {"*": Qwen/Qwen3-Coder-30B-A3B-Instruct}',
+        "log: {format: json}",
+        "```",
+        "",
+        "The key gives the variable: `relay.idle_timeout_s` is `CACHEWISE_RELAY__IDLE_TIMEOUT_S`.",
+        "`CACHEWISE_API_KEYS` is short for `CACHEWISE_ACCESS__API_KEYS`. Variables that Kubernetes",
+        "sets for a Service named `cachewise` are ignored.",
+        "",
+    ]
+    section: Path_ | None = None
+    for path, field in leaves():
+        if path[:-1] != section:
+            section = path[:-1]
+            title = ".".join(section) or "Top level"
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                "| key | default | allowed | meaning |",
+                "|---|---|---|---|",
+            ]
+        default = shown(field.get_default(), field)
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{'.'.join(path)}` | `{default}` | {allowed(field)} | {meaning} |")
+    lines += ["", "## A pod", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for name, field in PodSettings.model_fields.items():
+        default = "required" if field.is_required() else "`-`"
+        lines.append(f"| `{name}` | {default} | {allowed(field)} | {field.description} |")
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
