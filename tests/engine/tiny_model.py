@@ -1,0 +1,142 @@
+"""A Qwen2 model small enough to run real vLLM on two CPU cores, made in place.
+
+The weights are random but seeded and written to disk, so greedy output is the same on every
+machine. Rows of the output layer that are not printable ASCII are zero: the model talks
+gibberish, but readable gibberish, and never stops by itself.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_MODEL_LEN = 4096
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 2, 2, 1, 256  # CPU kernels need heads of 64
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+
+# Qwen2's own format: ChatML, tools as JSON in the system message, Hermes tool calls.
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}
+{%- elif content -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- if tools %}<|im_start|>system
+# Tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif -%}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ text(message.content) }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}\
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}
+"""
+
+# What the byte-pair merges are learned from; its words are the agents' own.
+CORPUS = (
+    "You are a coding agent. Use the tools to read files, edit them and run the tests.",
+    'The tool bash runs a command: {"name": "bash", "arguments": {"command": "ls -la src"}}',
+    'def test_reads_a_file(path: Path) -> None: assert path.read_text() == "hello"',
+    "The tests pass now. I changed the parser so that an empty line ends the block.",
+    '{"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}',
+)
+
+
+def write(directory: Path, seed: int = 0) -> Path:
+    """Write config, tokenizer and weights to `directory`, for vLLM's `--model`; return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab = _write_tokenizer(directory)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": len(vocab),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": vocab["<|endoftext|>"],
+        "eos_token_id": vocab["<|im_end|>"],
+    }
+    _write_json(directory / "config.json", config)
+    _write_weights(directory, vocab, seed)
+    return directory
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _write_tokenizer(directory: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        min_frequency=1,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2TokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": MAX_MODEL_LEN,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    return dict(tokenizer.get_vocab())
+
+
+def _write_weights(directory: Path, vocab: dict[str, int], seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    head_size = HIDDEN // HEADS
+    weights = {
+        "model.embed_tokens.weight": normal(len(vocab), HIDDEN),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": normal(len(vocab), HIDDEN),
+    }
+    for token, index in vocab.items():
+        # "Ġ" is how byte-level BPE writes a leading space.
+        if token in SPECIAL_TOKENS or not token.removeprefix("Ġ").isascii():
+            weights["lm_head.weight"][index] = 0.0
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        weights |= {
+            f"{prefix}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{prefix}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{prefix}.self_attn.o_proj.weight": normal(HIDDEN, HIDDEN),
+            f"{prefix}.mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN),
+            f"{prefix}.mlp.up_proj.weight": normal(INTERMEDIATE, HIDDEN),
+            f"{prefix}.mlp.down_proj.weight": normal(HIDDEN, INTERMEDIATE),
+        }
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            size = heads * head_size
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = normal(size, HIDDEN)
+            weights[f"{prefix}.self_attn.{name}_proj.bias"] = torch.zeros(size)
+    save_file(weights, str(directory / "model.safetensors"), metadata={"format": "pt"})
