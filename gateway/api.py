@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.access import Unauthorized
-from gateway.errors import GatewayError, render
+from gateway.errors import Dialect, GatewayError, render
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway
 from gateway.sessions import Gap, Session
@@ -39,8 +40,8 @@ def admin_only(gateway: Gateway, handler: Handler) -> Handler:
     return guarded
 
 
-def error_response(error: GatewayError) -> Response:
-    status, headers, body = render(error, "openai")
+def error_response(error: GatewayError, family: Dialect = "openai") -> Response:
+    status, headers, body = render(error, family)
     return Response(body, status, {n.decode(): v.decode() for n, v in headers})
 
 
@@ -158,16 +159,16 @@ class Api:
 
 
 def _pod(pod: Pod) -> dict[str, Any]:
-    load = pod.load
+    probed = pod.probed
+    load = probed.load if probed else None
     return {
         "name": pod.name,
         "url": pod.url,
         "ready": pod.ready,
         "draining": pod.draining,
-        "models": list(pod.models),
-        "max_model_len": pod.max_model_len,
-        "version": pod.version,
-        "capabilities": list(pod.capabilities),
+        "models": [{"id": name, "max_model_len": n} for name, n in pod.models.items()],
+        "version": probed.version if probed else None,
+        "capabilities": asdict(probed.capabilities) if probed else {},
         "in_flight_turns": pod.in_flight,
         "queued_prefill_tokens": pod.queued_prefill_tokens,
         "prefill_tokens_per_second": round(pod.rate.tokens_per_s, 1),
@@ -178,5 +179,5 @@ def _pod(pod: Pod) -> dict[str, Any]:
         "kv_usage_ratio": load.kv_usage_ratio if load else None,
         "running_requests": load.running_requests if load else None,
         "waiting_requests": load.waiting_requests if load else None,
-        "warnings": list(pod.warnings),
+        "warnings": list(probed.warnings) if probed else [],
     }

@@ -21,6 +21,8 @@ from gateway.api import Api, admin_only, error_response, json_response
 from gateway.config import PodSettings, Settings
 from gateway.dialects import DIALECTS
 from gateway.embedded.fleet import EmbeddedFleet
+from gateway.embedded.scheduler import EngineConfig
+from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
 from gateway.logs import dropped_total
@@ -79,7 +81,14 @@ def create_app(settings: Settings) -> Starlette:
 async def embedded_fleet(gateway: Gateway) -> AsyncIterator[None]:
     """Start embedded pods and make them the gateway's fleet; any model name reaches them."""
     settings = gateway.settings.embedded
-    async with EmbeddedFleet(settings) as embedded:
+    config = EngineConfig(
+        block_size_tokens=settings.block_size_tokens,
+        kv_capacity_tokens=settings.kv_capacity_tokens,
+        max_model_len=settings.max_model_len,
+    )
+    async with EmbeddedFleet(
+        pods=settings.pods, model=settings.model, speedup=settings.speedup, config=config
+    ) as embedded:
         for number, url in enumerate(embedded.urls):
             gateway.fleet.add(PodSettings(url=url, name=f"embedded-{number}"))
         gateway.aliases.setdefault("*", settings.model)
@@ -154,7 +163,7 @@ class Plain:
                 "created_at": "1970-01-01T00:00:00Z",
                 "owned_by": "cachewise",
                 "root": root,
-                "max_model_len": pod.max_model_len,
+                "max_model_len": pod.models.get(root),
             }
             for name, (root, pod) in named.items()
         ]
@@ -181,13 +190,11 @@ class Plain:
 
 
 async def not_found(request: Request, _: Exception) -> Response:
-    known = any(getattr(route, "path", None) == request.url.path for route in request.app.routes)
-    if known:
-        return error_response(
-            GatewayError(
-                405, "method_not_allowed", f"{request.method} is not served at {request.url.path}."
-            )
-        )
-    return error_response(
-        GatewayError(404, "not_found", f"{request.url.path[:200]} is not served by this gateway.")
-    )
+    """No such path, or not with this method; in the dialect that the path belongs to."""
+    path = request.url.path
+    family: Family = "anthropic" if path.startswith("/v1/messages") else "openai"
+    if any(getattr(route, "path", None) == path for route in request.app.routes):
+        text = f"{request.method} is not served at {path}."
+        return error_response(GatewayError(405, "method_not_allowed", text), family)
+    text = f"{path[:200]} is not served by this gateway."
+    return error_response(GatewayError(404, "not_found", text), family)

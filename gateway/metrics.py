@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from gateway.fleet.pod import Pod
 from gateway.sessions import SessionStore
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
@@ -93,7 +101,7 @@ class Metrics:
         )
         self.expected_cached_tokens = Counter(
             "cachewise_expected_cached_prompt_tokens",
-            "Prompt tokens the gateway believed resident, of turns whose pod reports cached tokens.",
+            "Prompt tokens believed resident, of turns whose pod reports cached tokens.",
             ("pod",),
             registry=registry,
         )
@@ -208,8 +216,9 @@ class Metrics:
             self.pod_resident.labels(pod.name).set(pod.residency.total_tokens)
             if pod.residency.capacity_tokens is not None:
                 self.pod_capacity.labels(pod.name).set(pod.residency.capacity_tokens)
-            if pod.load is not None and pod.load.kv_usage_ratio is not None:
-                self.pod_kv_usage.labels(pod.name).set(pod.load.kv_usage_ratio)
+            load = pod.probed.load if pod.probed is not None else None
+            if load is not None and load.kv_usage_ratio is not None:
+                self.pod_kv_usage.labels(pod.name).set(load.kv_usage_ratio)
 
 
 def _raise_to(counter: Counter, total: int) -> None:

@@ -19,7 +19,6 @@ import aiohttp
 from yarl import URL
 
 from gateway.config import RelaySettings
-from gateway.dialects.turn import Observer
 from gateway.errors import GatewayError
 from gateway.fleet.pod import Pod
 
@@ -137,7 +136,7 @@ class Relay:
         ]
         if pod.api_key is not None:
             sent.append(("Authorization", f"Bearer {pod.api_key}"))
-        if session_id is not None:
+        if session_id is not None and pod.takes_session_id:
             sent.append(("X-Session-ID", session_id))
         return sent
 

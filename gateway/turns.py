@@ -27,6 +27,7 @@ from gateway.dialects import (
     splice_model,
 )
 from gateway.dialects.turn import Observer, TurnOutcome, TurnRequest
+from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError, render, stream_error
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway, scope_of
@@ -413,7 +414,7 @@ class TurnFlow:
 class CountTokensEndpoint:
     """``/v1/messages/count_tokens``: passed to any pod with the model; no turn, no session."""
 
-    def __init__(self, gateway: Gateway, path: str, family: str) -> None:
+    def __init__(self, gateway: Gateway, path: str, family: Family) -> None:
         self.gateway = gateway
         self.path = path
         self.family = family
@@ -487,9 +488,9 @@ def map_model(body: bytes, model: str, served: str) -> bytes:
         raise GatewayError(400, "invalid_request", str(error)) from None
 
 
-async def send_error(gateway: Gateway, error: GatewayError, family: str, send: Send) -> None:
+async def send_error(gateway: Gateway, error: GatewayError, family: Family, send: Send) -> None:
     """Answer with an error of the gateway's own, in the caller's dialect."""
     gateway.metrics.errors.labels(str(error.status)).inc()
-    status, headers, body = render(error, "anthropic" if family == "anthropic" else "openai")
+    status, headers, body = render(error, family)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import orjson
@@ -34,7 +35,7 @@ class Dialect:
 
     wire: Wire
     path: str
-    family: str
+    family: Literal["openai", "anthropic"]
     parse: Callable[[bytes], TurnRequest]
     stream: Callable[[], Observer]
     whole: Callable[[], Observer]

@@ -84,7 +84,8 @@ class Fleet:
                 logger.exception("probe of pod %s failed", pod.name)
 
     async def _probe(self, client: httpx.AsyncClient, pod: Pod) -> None:
-        result = await probe(client, pod.url, pod.api_key, self.settings.timeout_s)
+        known = pod.probed if pod.ready else None
+        result = await probe(client, pod.url, pod.api_key, self.settings.timeout_s, known)
         self.apply(pod, result)
 
     def apply(self, pod: Pod, result: ProbeResult) -> None:
@@ -93,29 +94,21 @@ class Fleet:
         if not result.ready:
             pod.failures += 1
             if pod.ready and pod.failures >= self.settings.unhealthy_after:
-                self.lost(pod, result.error or "not ready")
+                self.lost(pod, str(result.error))
             return
-        before = pod.load
+        before = pod.probed
         pod.failures = 0
-        pod.models = result.models
-        pod.max_model_len = result.max_model_len
-        pod.version = result.version
-        pod.capabilities = result.capabilities
-        pod.load = result.load
+        pod.probed = result
+        pod.models = {model.id: model.max_model_len for model in result.models}
         for warning in result.warnings:
-            if warning not in pod.warnings:
+            if before is None or warning not in before.warnings:
                 logger.warning("pod %s: %s", pod.name, warning)
-        pod.warnings = result.warnings
         if result.load is not None:
             pod.residency.set_capacity(result.load.capacity_tokens)
-            if (
-                before is not None
-                and before.prompt_tokens is not None
-                and result.load.prompt_tokens is not None
-                and result.load.prompt_tokens < before.prompt_tokens
-            ):
-                logger.warning("pod %s has restarted: its cache is empty", pod.name)
-                pod.residency.clear()
+        if before is not None and _restarted(before, result):
+            logger.warning("pod %s has restarted: its cache is empty", pod.name)
+            pod.residency.clear()
+            pod.probed = None  # the next probe asks for version and capabilities anew
         if not pod.ready:
             pod.ready = True
             logger.info("pod %s is ready: %s", pod.name, ", ".join(pod.models))
@@ -125,3 +118,12 @@ class Fleet:
         if pod.ready:
             logger.warning("pod %s is lost: %s", pod.name, reason)
         pod.ready = False
+
+
+def _restarted(before: ProbeResult, now: ProbeResult) -> bool:
+    """Whether a counter that only grows has shrunk."""
+    return (
+        before.load is not None
+        and now.load is not None
+        and (before.load.prompt_tokens or 0) > (now.load.prompt_tokens or 0)
+    )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from gateway.fleet.probe import ProbeResult
 from gateway.fleet.residency import Residency
-from gateway.fleet.scrape import PodLoad
 
 DEFAULT_PREFILL_TOKENS_PER_S = 8_000.0
 """Prefill rate assumed before the first turn: between a laptop and a data-centre GPU."""
@@ -53,17 +53,20 @@ class Pod:
     api_key: str | None = None
     ready: bool = False
     draining: bool = False
-    models: tuple[str, ...] = ()
-    max_model_len: int | None = None
-    version: str | None = None
-    capabilities: tuple[str, ...] = ()
-    load: PodLoad | None = None
-    warnings: tuple[str, ...] = ()
+    models: dict[str, int | None] = field(default_factory=dict)
+    """Served models and their ``max_model_len`` in tokens."""
+    probed: ProbeResult | None = None
+    """The latest good probe."""
     failures: int = 0
     in_flight: int = 0
     queued_prefill_tokens: int = 0
     rate: PrefillRate = field(default_factory=PrefillRate)
     residency: Residency = field(default_factory=Residency)
+
+    @property
+    def takes_session_id(self) -> bool:
+        """Whether the engine sees ``X-Session-ID``."""
+        return self.probed is not None and self.probed.capabilities.session_id
 
     @contextmanager
     def serving(self, uncached_tokens: int) -> Iterator[Prefill]:
