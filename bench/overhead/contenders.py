@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEER_BIN = ROOT / ".venv-bench" / "bin"
 PEERS = ("sglang-router==0.3.2", "vllm-router==0.1.17")
 REFERENCE = "sglang-router"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 20.0
 
 
 class UnavailableError(Exception):

@@ -7,6 +7,7 @@ meet them one by one as they would behind a real engine.
 
 import asyncio
 import sys
+from typing import cast
 
 import httptools
 import orjson
@@ -107,8 +108,7 @@ class Engine(asyncio.Protocol):
     """One connection. Clients do not pipeline: a response ends before the next request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._parser = httptools.HttpRequestParser(self)
         self._loop = asyncio.get_running_loop()
 
