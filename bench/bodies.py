@@ -17,11 +17,56 @@ NEW_SHARE = 0.026
 HEAD_BYTES = 30_000
 TOOLS = 15
 
-_WORDS = (
-    "return self value index block cache token request session async await def class import from "
-    "if else for while error result config path open read write test assert None True False dict "
-    "list str int float with as yield raise except finally lambda module parse route relay pod"
-).split()
+_WORDS = [
+    "return",
+    "self",
+    "value",
+    "index",
+    "block",
+    "cache",
+    "token",
+    "request",
+    "session",
+    "async",
+    "await",
+    "def",
+    "class",
+    "import",
+    "from",
+    "if",
+    "else",
+    "for",
+    "while",
+    "error",
+    "result",
+    "config",
+    "path",
+    "open",
+    "read",
+    "write",
+    "test",
+    "assert",
+    "None",
+    "True",
+    "False",
+    "dict",
+    "list",
+    "str",
+    "int",
+    "float",
+    "with",
+    "as",
+    "yield",
+    "raise",
+    "except",
+    "finally",
+    "lambda",
+    "module",
+    "parse",
+    "route",
+    "relay",
+    "pod",
+]
 
 
 @cache
@@ -84,7 +129,9 @@ class AgentSession:
         rest = HEAD_BYTES - len(self._prefix)
         self._messages: list[bytes] = []
         self._bytes = len(self._prefix) + len(self._suffix)
-        self._add({"role": "system", "content": _text(self._rng, "You are an agent.\n", rest * 3 / 4)})
+        self._add(
+            {"role": "system", "content": _text(self._rng, "You are an agent.\n", rest * 3 / 4)}
+        )
         task = _text(self._rng, f"Task {self._name}\n", rest / 4)
         self._add({"role": "user", "content": task})
 

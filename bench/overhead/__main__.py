@@ -50,6 +50,8 @@ def main(
         dataclasses.replace(w, counted=max(2, w.counted // 6)) if quick else w for w in WORKLOADS
     ]
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     absent: dict[str, str] = {}
     windows: dict[str, dict[str, list[Window]]] = {
@@ -97,7 +99,10 @@ def main(
         },
         "versions": {
             "peers": PEERS,
-            **{name: importlib.metadata.version(name) for name in ("aiohttp", "starlette", "uvicorn")},
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("aiohttp", "starlette", "uvicorn")
+            },
         },
         "settings": [dataclasses.asdict(workload) for workload in workloads],
         "absent": absent,

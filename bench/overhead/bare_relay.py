@@ -42,6 +42,4 @@ async def chat(request: Request) -> Response:
     return StreamingResponse(chunks(), upstream.status, media_type=content_type)
 
 
-app = Starlette(
-    routes=[Route("/v1/chat/completions", chat, methods=["POST"])], lifespan=_lifespan
-)
+app = Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])], lifespan=_lifespan)

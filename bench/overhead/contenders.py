@@ -40,11 +40,11 @@ class Contender:
         if self.peer and not Path(self.command[0]).exists():
             raise UnavailableError("not installed")
         if self.name == "cachewise" and importlib.util.find_spec("gateway.cli") is None:
-            raise UnavailableError("not built yet: no gateway.cli")
+            raise UnavailableError("not built: no gateway.cli")
 
 
 def _peer(name: str, *command: str) -> Contender:
-    flags = "--host 127.0.0.1 --port {port} --worker-urls {engine} --log-level warn"
+    flags = "--host 127.0.0.1 --port {port} --worker-urls {engine}"
     flags += " --prometheus-port {metrics} --worker-startup-check-interval 1"
     return Contender(name, (str(PEER_BIN / command[0]), *command[1:], *flags.split()), peer=True)
 
@@ -54,18 +54,18 @@ CONTENDERS = (
         "bare",
         (
             *(sys.executable, "-m", "uvicorn", "bench.overhead.bare_relay:app"),
-            *"--port {port} --loop uvloop --http httptools".split(),
-            *"--no-access-log --log-level warning".split(),
+            *["--port", "{port}", "--loop", "uvloop", "--http", "httptools"],
+            *["--no-access-log", "--log-level", "warning"],
         ),
         {"BENCH_UPSTREAM": "{engine}"},
     ),
-    _peer("sglang-router", "python", "-m", "sglang_router.launch_router"),
-    _peer("vllm-router", "vllm-router"),
+    _peer("sglang-router", "python", *["-m", "sglang_router.launch_router", "--log-level", "warn"]),
+    _peer("vllm-router", "vllm-router", *["--log-level", "warning"]),
     Contender(
         "cachewise",
         (
             str(Path(sys.executable).with_name("cachewise")),
-            *"serve --pod {engine} --port {port}".split(),
+            *["serve", "--pod", "{engine}", "--port", "{port}"],
         ),
     ),
 )
@@ -93,7 +93,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    command: list[str], log: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process with a group of its own, ended with all it started."""
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -116,7 +118,7 @@ def process(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subp
                         continue
 
 
-def wait_ready(name: str, url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+def wait_ready(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     """Until a chat request through `url` is answered; UnavailableError with the log's end if not."""
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", chat_body(0), {"content-type": "application/json"}
@@ -130,7 +132,7 @@ def wait_ready(name: str, url: str, child: subprocess.Popen[bytes], log: Path) -
         except OSError:
             time.sleep(0.2)
     tail = log.read_text(errors="replace").strip()[-400:]
-    raise UnavailableError(f"{name} did not start: {tail or 'no output'}")
+    raise UnavailableError(f"did not start: {tail or 'no output'}")
 
 
 @contextmanager
@@ -143,7 +145,7 @@ def running(contender: Contender, engine_url: str, logs: Path) -> Iterator[tuple
     log = logs / f"{contender.name}.log"
     url = f"http://127.0.0.1:{names['port']}"
     with process(command, log, env) as child:
-        wait_ready(contender.name, url, child, log)
+        wait_ready(url, child, log)
         yield url, child.pid
 
 
@@ -154,5 +156,5 @@ def engine(logs: Path) -> Iterator[str]:
     url, log = f"http://127.0.0.1:{port}", logs / "engine.log"
     command = [sys.executable, "-m", "bench.overhead.mock_engine", str(port)]
     with process(command, log, {}) as child:
-        wait_ready("mock engine", url, child, log)
+        wait_ready(url, child, log)
         yield url

@@ -39,9 +39,7 @@ def stream_events() -> list[bytes]:
     """
     role = _delta('{"role":"assistant","content":""}')
     ids = ',"token_ids":null'
-    content = [
-        _event(_delta(f'{{"content":" word{i}"}}', rest=ids)) for i in range(CHUNKS - 3)
-    ]
+    content = [_event(_delta(f'{{"content":" word{i}"}}', rest=ids)) for i in range(CHUNKS - 3)]
     finish = _delta('{"content":""}', '"finish_reason":"stop","stop_reason":null', ids)
     return [
         _event(role, ',"prompt_token_ids":null,"prompt_text":null'),

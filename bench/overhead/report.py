@@ -31,7 +31,9 @@ def _row(windows: Sequence[Window], reference: Sequence[Window] | None) -> dict[
         "ratio": None,
     }
     if reference and all(window.cpu_s > 0 for window in reference):
-        ratios = [_cpu_ms(ours) / _cpu_ms(theirs) for ours, theirs in zip(windows, reference, strict=True)]
+        ratios = [
+            _cpu_ms(ours) / _cpu_ms(theirs) for ours, theirs in zip(windows, reference, strict=True)
+        ]
         row |= {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
     return row
 
@@ -53,7 +55,7 @@ def table(summary: Mapping[str, Mapping[str, Any]], absent: Mapping[str, str]) -
     result = Table(title="Cost of a request")
     for heading in ("workload", "contender"):
         result.add_column(heading)
-    units = ("CPU ms", f"x {REFERENCE} (spread)", "bar", "p50 ms", "p99 ms", "RSS MB")
+    units = ("CPU ms", "x sglang (spread)", "bar", "p50 ms", "p99 ms", "RSS MB")
     for heading in units:
         result.add_column(heading, justify="right")
     for workload in WORKLOADS:
@@ -73,7 +75,7 @@ def table(summary: Mapping[str, Mapping[str, Any]], absent: Mapping[str, str]) -
                 "–" if direct else f"{row['rss_mb']:.0f}",
             )
         for name, reason in absent.items():
-            result.add_row(workload.title, name, reason.splitlines()[0][:40])
+            result.add_row(workload.title, name, reason.partition(":")[0])
         result.add_section()
     return result
 
