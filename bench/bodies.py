@@ -17,56 +17,13 @@ NEW_SHARE = 0.026
 HEAD_BYTES = 30_000
 TOOLS = 15
 
-_WORDS = [
-    "return",
-    "self",
-    "value",
-    "index",
-    "block",
-    "cache",
-    "token",
-    "request",
-    "session",
-    "async",
-    "await",
-    "def",
-    "class",
-    "import",
-    "from",
-    "if",
-    "else",
-    "for",
-    "while",
-    "error",
-    "result",
-    "config",
-    "path",
-    "open",
-    "read",
-    "write",
-    "test",
-    "assert",
-    "None",
-    "True",
-    "False",
-    "dict",
-    "list",
-    "str",
-    "int",
-    "float",
-    "with",
-    "as",
-    "yield",
-    "raise",
-    "except",
-    "finally",
-    "lambda",
-    "module",
-    "parse",
-    "route",
-    "relay",
-    "pod",
-]
+_WORDS = tuple(
+    """
+    return self value index block cache token request session async await def class import from
+    if else for while error result config path open read write test assert None True False dict
+    list str int float with as yield raise except finally lambda module parse route relay pod
+    """.split()
+)
 
 
 @cache

@@ -119,7 +119,7 @@ def process(
 
 
 def wait_ready(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
-    """Until a chat request through `url` is answered; UnavailableError with the log's end if not."""
+    """Until a chat request is answered; else UnavailableError with the end of the log."""
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", chat_body(0), {"content-type": "application/json"}
     )

@@ -32,7 +32,7 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("json_1k", "1 kB JSON", workers=8, warmup=12, counted=150, bar=3.0),
+    Workload("json_1k", "1 kB JSON", workers=8, warmup=20, counted=400, bar=3.0),
     Workload("agent_400k", "400 kB agent body", workers=8, warmup=2, counted=18, bar=1.5),
     Workload("stream_100", "100-chunk stream", workers=16, warmup=1, counted=10, bar=1.75),
 )

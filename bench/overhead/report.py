@@ -107,7 +107,7 @@ def plot(summary: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.bar_label(drawn, labels, label_type="center", fontsize=8, color="white", rotation=90)
     if relative:
         for group, workload in enumerate(WORKLOADS):
-            label = "allowed for CacheWise" if group == 0 else None
+            label = "_nolegend_" if group else "allowed for CacheWise"
             axes.hlines(
                 workload.bar, group - 0.45, group + 0.45, colors="black", ls="--", label=label
             )
