@@ -24,8 +24,8 @@ def pod_client(fleet: EmbeddedFleet, index: int = 0) -> httpx.AsyncClient:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)  # noqa: ASYNC110 (the engine tells nobody)
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
 
 
 async def test_the_pod_says_that_it_is_embedded(fleet: EmbeddedFleet) -> None:
