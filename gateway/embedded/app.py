@@ -244,13 +244,10 @@ class _Answering:
         leaving = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-            leaving.cancel()
-            if not answering.done():
-                answering.cancel()
-            await asyncio.gather(answering, leaving, return_exceptions=True)
         finally:
             answering.cancel()
             leaving.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
         if not answering.cancelled():
             answering.result()
 

@@ -21,7 +21,11 @@ _CLOSE_TIMEOUT_S = 5.0
 
 
 class _PodProtocol(HttpToolsProtocol):
-    """Lets the app drop its connection, for scripted faults."""
+    """Logs no requests, and lets the app drop its connection, for scripted faults."""
+
+    def __init__(self, config: Config, state: ServerState) -> None:
+        super().__init__(config, state, app_state={})
+        self.access_log = False
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -104,14 +108,14 @@ class EmbeddedFleet:
 
 
 async def _serve(app: Any) -> tuple[_Server, int]:
-    config = Config(app, lifespan="off", log_config=None, access_log=False, ws="none")
+    config = Config(app, lifespan="off", log_config=None, ws="none")
     config.load()
     state = ServerState()
     state.default_headers = config.encoded_headers
     listening = socket.create_server(("127.0.0.1", 0))
     try:
         listener = await asyncio.get_running_loop().create_server(
-            lambda: _PodProtocol(config, state, {}), sock=listening, backlog=2048
+            lambda: _PodProtocol(config, state), sock=listening, backlog=2048
         )
     except BaseException:
         listening.close()

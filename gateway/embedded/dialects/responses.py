@@ -104,7 +104,7 @@ class ResponsesExchange:
                 "response.content_part.added",
                 **self._place(),
                 content_index=0,
-                part=_part(item["type"], ""),
+                part=_part(item["type"], "", done=False),
             )
         return out
 
@@ -119,7 +119,9 @@ class ResponsesExchange:
             extra: JSON = {"logprobs": []} if kind == "message" else {}
             place["content_index"] = 0
             out = self._event(done, **place, text=text, **extra)
-            out += self._event("response.content_part.done", **place, part=_part(kind, text))
+            out += self._event(
+                "response.content_part.done", **place, part=_part(kind, text, done=True)
+            )
         item = _finished(self._item, text)
         out += self._event("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
@@ -131,9 +133,10 @@ class ResponsesExchange:
         return {"item_id": self._item["id"], "output_index": len(self._output)}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        data = {"type": kind, "sequence_number": self._sequence, **fields}
+        fields |= {"type": kind, "sequence_number": self._sequence}
         self._sequence += 1
-        return event(data, kind)
+        name = {"name": fields.pop("name")} if "name" in fields else {}
+        return event(dict(sorted(fields.items())) | name, kind)  # the order of OpenAI's models
 
     def _response(self, status: str, output: list[JSON], usage: Usage | None) -> JSON:
         body = self._body
@@ -216,13 +219,14 @@ def _new_item(kind: str, name: str = "") -> JSON:
 def _finished(item: JSON, text: str) -> JSON:
     if item["type"] == "function_call":
         return item | {"arguments": text, "status": "completed"}
-    return item | {"content": [_part(item["type"], text)], "status": "completed"}
+    return item | {"content": [_part(item["type"], text, done=True)], "status": "completed"}
 
 
-def _part(item_type: str, text: str) -> JSON:
+def _part(item_type: str, text: str, *, done: bool) -> JSON:
     if item_type == "reasoning":
         return {"text": text, "type": "reasoning_text"}
-    return {"annotations": [], "text": text, "type": "output_text", "logprobs": []}
+    logprobs: list[JSON] | None = None if done else []
+    return {"annotations": [], "text": text, "type": "output_text", "logprobs": logprobs}
 
 
 def _usage(usage: Usage) -> JSON:
