@@ -106,8 +106,8 @@ def _with_settings(command: Command) -> Callable[..., None]:
 def serve(settings: Settings, _: dict[str, Source]) -> None:
     """Start the gateway.
 
-    Every setting can also stand in the file or in the environment (CACHEWISE_RELAY__IDLE_TIMEOUT_S);
-    keys and tokens only there, as a command line is no place for secrets.
+    Every setting can also stand in the file or the environment (docs/configuration.md). Keys and
+    tokens can stand only there, as a command line is no place for secrets.
     """
     run(settings)
 

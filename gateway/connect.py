@@ -77,9 +77,11 @@ mini -m openai/{model}""",
         "python",
         """\
 from openai import OpenAI
+
 client = OpenAI(base_url="{url}/v1", api_key="{key}")
 client.chat.completions.create(
-    model="{model}", messages=[{{"role": "user", "content": "hi"}}]
+    model="{model}",
+    messages=[{{"role": "user", "content": "hi"}}],
 )""",
         "`client.responses` and `client.completions` work too.",
     ),
@@ -88,9 +90,12 @@ client.chat.completions.create(
         "python",
         """\
 from anthropic import Anthropic
+
 client = Anthropic(base_url="{url}", api_key="{key}")
 client.messages.create(
-    model="{model}", max_tokens=256, messages=[{{"role": "user", "content": "hi"}}]
+    model="{model}",
+    max_tokens=256,
+    messages=[{{"role": "user", "content": "hi"}}],
 )""",
     ),
     Client(
