@@ -160,6 +160,8 @@ def test_the_banner_says_what_is_served_and_who_can_reach_it() -> None:
     assert "2 embedded pods: a stand-in that generates no real text" in text
     assert "loopback only" in text
     assert "ANTHROPIC_BASE_URL=http://127.0.0.1:8080 " in text
+    for name in ("Claude Code", "Codex", "OpenCode", "mini-swe-agent", "OpenAI", "Anthropic"):
+        assert name in text
 
     env = {"CACHEWISE_PODS": "http://a:1", "CACHEWISE_HOST": "0.0.0.0"}
     text = cli.banner(load_settings({}, None, env), 8080)
