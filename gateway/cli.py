@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import importlib
 import math
 import os
 import signal
@@ -106,9 +105,8 @@ def _with_settings(command: Command) -> Callable[..., None]:
 def serve(settings: Settings, _: dict[str, Source]) -> None:
     """Start the gateway.
 
-    Every setting can also stand in the file or in the environment
-    (CACHEWISE_RELAY__IDLE_TIMEOUT_S); keys and tokens only there, as a command line is no place for
-    secrets.
+    Every setting can also stand in the file or the environment (docs/configuration.md). Keys and
+    tokens can stand only there, as a command line is no place for secrets.
     """
     run(settings)
 
@@ -162,7 +160,8 @@ def run(settings: Settings) -> None:
         signal.signal(number, lambda *_: sys.exit(0))
     print(banner(settings, listening.getsockname()[1]), flush=True)
     with logging_to(settings.log):
-        create_app = importlib.import_module("gateway.app").create_app
+        from gateway.app import create_app  # takes a second; the other commands do without
+
         server(settings, create_app(settings)).run(sockets=[listening])
 
 

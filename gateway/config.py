@@ -331,6 +331,8 @@ class Settings(BaseSettings):
     """Address to listen on; the default is this machine alone."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port to listen on; 0 takes any free one."""
+    shutdown_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """Time that running turns get to finish at shutdown."""
     pods: Annotated[tuple[PodSettings, ...], BeforeValidator(_split_list)] = Field(
         default=(),
         json_schema_extra=_allowed("URL[,URL…], or a list of URL or of url, name, api_key"),
@@ -345,8 +347,6 @@ class Settings(BaseSettings):
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()
     log: LogSettings = LogSettings()
-    shutdown_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
-    """Time that running turns get to finish at shutdown."""
 
     @field_validator("pods")
     @classmethod
@@ -615,7 +615,8 @@ def _one_line(
     else:
         assert field is not None
         given = first.get("input")
-        secret = is_secret(field) or any(sign in str(given) for sign in ("@", "key"))
+        in_pods = first["loc"][0] == "pods" and any(sign in str(given) for sign in ("@", "key"))
+        secret = is_secret(field) or in_pods
         value = _HIDDEN if secret else _shown(given)
         problem = _problem(first, field)
         subject = problem if problem == "is missing" else f"{value} {problem}"

@@ -77,9 +77,11 @@ mini -m openai/{model}""",
         "python",
         """\
 from openai import OpenAI
+
 client = OpenAI(base_url="{url}/v1", api_key="{key}")
 client.chat.completions.create(
-    model="{model}", messages=[{{"role": "user", "content": "hi"}}]
+    model="{model}",
+    messages=[{{"role": "user", "content": "hi"}}],
 )""",
         "`client.responses` and `client.completions` work too.",
     ),
@@ -88,9 +90,12 @@ client.chat.completions.create(
         "python",
         """\
 from anthropic import Anthropic
+
 client = Anthropic(base_url="{url}", api_key="{key}")
 client.messages.create(
-    model="{model}", max_tokens=256, messages=[{{"role": "user", "content": "hi"}}]
+    model="{model}",
+    max_tokens=256,
+    messages=[{{"role": "user", "content": "hi"}}],
 )""",
     ),
     Client(
@@ -163,7 +168,10 @@ def brief(url: str, model: str, key: str) -> str:
             f"                  MSWEA_COST_TRACKING=ignore_errors mini -m openai/{model}",
             f'  OpenAI SDK      OpenAI(base_url="{v1}", api_key="{key}")',
             f'  Anthropic SDK   Anthropic(base_url="{url}", api_key="{key}")',
-            f"  Codex, OpenCode and others need a file: cachewise connect --url {url}",
+            f'  Codex           ~/.codex/config.toml: base_url = "{v1}", wire_api = "responses"',
+            f'  OpenCode        opencode.json: "baseURL": "{v1}", @ai-sdk/openai-compatible',
+            "",
+            f"Whole files and other agents: cachewise connect --url {url} --model {model}",
         ]
     )
 

@@ -54,19 +54,24 @@ def logging_to(settings: LogSettings, stream: TextIO | None = None) -> Iterator[
     writer.setFormatter(_Json() if settings.format == "json" else _Plain())
     listener = QueueListener(records, writer)
     level = logging.getLevelName(settings.level.upper())
-    levels = dict.fromkeys(_OURS, level) | {None: logging.WARNING, "uvicorn.access": 100}
-    before = {name: logging.getLogger(name).level for name in levels}
+    levels: dict[str | None, int] = {None: logging.WARNING, "gateway": level, "uvicorn": level}
+    levels |= {"uvicorn.error": logging.NOTSET, "uvicorn.access": logging.CRITICAL + 1}
+    loggers = {logging.getLogger(name): wanted for name, wanted in levels.items()}
+    before = [(each, each.level, each.propagate, each.handlers) for each in loggers]
+    for each, wanted in loggers.items():
+        each.setLevel(wanted)
+        if each.parent is not None:  # uvicorn's own handlers would write exceptions in full
+            each.propagate, each.handlers = True, []
     root = logging.getLogger()
-    for name, wanted in levels.items():
-        logging.getLogger(name).setLevel(wanted)
     root.addHandler(handler)
     listener.start()
     try:
         yield handler
     finally:
         root.removeHandler(handler)
-        for name, was in before.items():
-            logging.getLogger(name).setLevel(was)
+        for each, was, propagated, handlers in before:
+            each.setLevel(was)
+            each.propagate, each.handlers = propagated, handlers
         _stop(listener, records)
 
 

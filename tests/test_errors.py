@@ -67,7 +67,7 @@ async def server() -> AsyncIterator[Failing]:
     app.add_route("/v1/chat/{path:path}", failing.answer, methods=["POST"])
     listening = socket.create_server(("127.0.0.1", 0))
     failing.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     task = asyncio.create_task(uvicorn_server.serve(sockets=[listening]))
     yield failing
     uvicorn_server.should_exit = True

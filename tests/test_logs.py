@@ -167,6 +167,22 @@ def test_everything_is_put_back_on_exit() -> None:
     assert dropped_total() == 0
 
 
+def test_handlers_that_uvicorn_set_up_before_write_nothing_beside_us() -> None:
+    beside = io.StringIO()
+    uvicorn_logger = logging.getLogger("uvicorn")
+    theirs = logging.StreamHandler(beside)
+    uvicorn_logger.addHandler(theirs)
+    uvicorn_logger.propagate = False
+    try:
+        text = written(LogSettings(), lambda: logging.getLogger("uvicorn.error").error("failed"))
+        assert uvicorn_logger.handlers == [theirs]
+    finally:
+        uvicorn_logger.removeHandler(theirs)
+        uvicorn_logger.propagate = True
+    assert "failed" in text
+    assert beside.getvalue() == ""
+
+
 @pytest.mark.parametrize("form", ["plain", "json"])
 async def test_a_server_at_debug_level_never_logs_headers_bodies_or_exception_texts(
     form: str,
