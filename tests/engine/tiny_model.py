@@ -103,6 +103,7 @@ def write(directory: Path, seed: int = 0) -> Path:
         "eos_token_id": vocab["<|im_end|>"],
     }
     _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {"temperature": 0.0})
     _write_weights(directory, vocab, seed)
     return directory
 
@@ -163,10 +164,11 @@ def _write_weights(directory: Path, vocab: dict[str, int], seed: int) -> None:
         # from this context the row is shorter than the noise.
         direction = normal(HIDDEN).sign()
         embedding[[vocab[token] for token in tokens]] = 300 * direction
-        output[[vocab[token] for token in followers]] += 0.02 * direction
+        output[[vocab[token] for token in followers]] += 0.03 * direction
     weights = {
         "model.embed_tokens.weight": embedding,
-        "model.norm.weight": torch.ones(HIDDEN),
+        # Logits so far apart that sampling at temperature 1 takes the transitions too.
+        "model.norm.weight": torch.full((HIDDEN,), 30.0),
         "lm_head.weight": output,
     }
     for layer in range(LAYERS):
