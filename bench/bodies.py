@@ -17,20 +17,19 @@ NEW_SHARE = 0.026
 HEAD_BYTES = 30_000
 TOOLS = 15
 
-_WORDS = tuple(
-    """
-    return self value index block cache token request session async await def class import from
-    if else for while error result config path open read write test assert None True False dict
-    list str int float with as yield raise except finally lambda module parse route relay pod
-    """.split()
-)
+_WORDS = """
+return self value index block cache token request session async await def class import from
+if else for while error result config path open read write test assert None True False dict
+list str int float with as yield raise except finally lambda module parse route relay pod
+"""
 
 
 @cache
 def _corpus() -> str:
     rng = random.Random(20)
+    words = _WORDS.split()
     lines = [
-        " " * rng.choice((0, 4, 4, 8)) + " ".join(rng.choices(_WORDS, k=rng.randint(2, 11)))
+        " " * rng.choice((0, 4, 4, 8)) + " ".join(rng.choices(words, k=rng.randint(2, 11)))
         for _ in range(12_000)
     ]
     return "\n".join(lines)

@@ -82,7 +82,8 @@ async def _send(client: aiohttp.ClientSession, url: str, body: bytes) -> tuple[f
             parts.append(part)  # noqa: PERF401
     latency_s = time.perf_counter() - started
     answer = b"".join(parts)
-    complete = len(answer) >= len(COMPLETION) or answer == STREAM
+    streamed = response.content_type == "text/event-stream"
+    complete = answer == STREAM if streamed else len(answer) >= len(COMPLETION)
     if response.status != 200 or not complete:
         raise RuntimeError(f"{url} answered {response.status}: {answer[:300]!r}")
     return latency_s, len(parts)
