@@ -39,6 +39,8 @@ class Tenant:
     scope: bytes
 
 
+#: Fixed, so that a credential's sessions are the same in every replica and after a restart.
+_SCOPE_SALT: Final = b"cachewise session scope\0"
 _ANONYMOUS: Final = Tenant("default", b"anonymous")
 
 
@@ -46,7 +48,6 @@ class Access:
     """Reads credentials from raw ASGI headers (names in lower case)."""
 
     def __init__(self, settings: AccessSettings) -> None:
-        self._salt = secrets.token_bytes(16)
         self._tenants: dict[bytes, tuple[bytes, Tenant]] = {}
         for name, stored_keys in settings.api_keys.items():
             tenant = Tenant(name, b"tenant:" + name.encode())
@@ -70,7 +71,7 @@ class Access:
         if not self._tenants:
             if not presented:
                 return _ANONYMOUS
-            return Tenant("default", _digest(self._salt + presented[0])[:16])
+            return Tenant("default", _digest(_SCOPE_SALT + presented[0])[:16])
         for key in presented:
             digest = _digest(key)
             known = self._tenants.get(digest)

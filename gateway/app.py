@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from gateway.api import Api, admin_only, error_response, json_response
 from gateway.config import PodSettings, Settings
@@ -33,12 +34,31 @@ logger = logging.getLogger("gateway.app")
 HOUSEKEEPING_S = 1.0
 
 
-def create_app(settings: Settings) -> Starlette:
+class App(Starlette):
+    """The gateway as an ASGI app.
+
+    Turns go straight to their endpoints, which see to their own errors: each layer of middleware
+    would cost every chunk of a stream a call.
+    """
+
+    gateway: Gateway
+    turns: dict[str, TurnEndpoint]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self.turns.get(scope["path"])
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings) -> App:
     """The gateway as an ASGI app. Without pods in ``settings`` it starts embedded ones."""
     gateway = Gateway(settings)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if not settings.pods:
                 await stack.enter_async_context(embedded_fleet(gateway))
@@ -48,13 +68,14 @@ def create_app(settings: Settings) -> Starlette:
             yield
             gateway.draining = True
 
+    turns = {dialect.path: TurnEndpoint(gateway, dialect) for dialect in DIALECTS}
     plain = Plain(gateway)
     api = Api(gateway)
     admin = "/v1/cachewise"
-    app = Starlette(
+    app = App(
         lifespan=lifespan,
         routes=[
-            *(Route(d.path, TurnEndpoint(gateway, d), methods=["POST"]) for d in DIALECTS),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in turns.items()),
             Route("/v1/responses", plain.no_websocket, methods=["GET"]),
             Route(
                 "/v1/messages/count_tokens",
@@ -73,6 +94,8 @@ def create_app(settings: Settings) -> Starlette:
         ],
         exception_handlers={404: not_found, 405: not_found},
     )
+    app.gateway = gateway
+    app.turns = turns
     app.state.gateway = gateway
     return app
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Full, Queue
 from typing import Any, Final, TextIO
 
 import orjson
@@ -26,6 +26,7 @@ from gateway.config import LogSettings
 
 QUEUE_RECORDS: Final = 10_000
 STOP_TIMEOUT_S: Final = 2.0
+FLUSH_S: Final = 0.1
 
 _OURS: Final = ("gateway", "uvicorn")
 
@@ -48,11 +49,9 @@ def logging_to(settings: LogSettings, stream: TextIO | None = None) -> Iterator[
 
     Undone on exit, when what is queued is written, for at most `STOP_TIMEOUT_S`.
     """
-    records: Queue[logging.LogRecord | None] = Queue(QUEUE_RECORDS)
-    handler = LogQueue(records)
-    writer = _Writer(stream or sys.stderr, handler)
-    writer.setFormatter(_Json() if settings.format == "json" else _Plain())
-    listener = QueueListener(records, writer)
+    handler = LogQueue()
+    formatter = _Json() if settings.format == "json" else _Plain()
+    writer = _Writer(handler, stream or sys.stderr, formatter)
     level = logging.getLevelName(settings.level.upper())
     levels: dict[str | None, int] = {None: logging.WARNING, "gateway": level, "uvicorn": level}
     levels |= {"uvicorn.error": logging.NOTSET, "uvicorn.access": logging.CRITICAL + 1}
@@ -64,54 +63,93 @@ def logging_to(settings: LogSettings, stream: TextIO | None = None) -> Iterator[
             each.propagate, each.handlers = True, []
     root = logging.getLogger()
     root.addHandler(handler)
-    listener.start()
+    # No line says where it was logged or by which thread: finding out costs more than the rest.
+    spared = ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing")
+    were = {name: getattr(logging, name) for name in spared}
+    for name in spared:
+        setattr(logging, name, None)
+    writer.start()
     try:
         yield handler
     finally:
         root.removeHandler(handler)
+        for name, value in were.items():
+            setattr(logging, name, value)
         for each, was, propagated, handlers in before:
             each.setLevel(was)
             each.propagate, each.handlers = propagated, handlers
-        _stop(listener, records)
+        writer.stop()
 
 
-class LogQueue(QueueHandler):
-    """Puts records on a bounded queue, or counts them in `dropped_total`."""
+class LogQueue(logging.Handler):
+    """Keeps records for the writer, or counts them in `dropped_total`. Never waits."""
 
-    def __init__(self, records: Queue[logging.LogRecord | None]) -> None:
-        super().__init__(records)
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque()
         self.dropped_total = 0
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        record = copy.copy(record)
-        message = record.getMessage()
-        if record.name.partition(".")[0] not in _OURS:
-            message = message.partition("\n")[0]
-        record.msg, record.args = message.strip(), None
-        if record.exc_info:
-            error = record.exc_info[1]
-            fields = getattr(record, "fields", {})
-            record.__dict__["fields"] = fields | ({"error": _place(error)} if error else {})
-        record.exc_info = record.exc_text = record.stack_info = None
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            self.queue.put_nowait(record)
-        except Full:
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.records) >= QUEUE_RECORDS:
             self.dropped_total += 1
+            return
+        ours = record.name.partition(".")[0] in _OURS
+        if record.args or record.exc_info or not ours:
+            record = copy.copy(record)
+            message = record.getMessage()
+            record.msg, record.args = (
+                (message if ours else message.partition("\n")[0]).strip(),
+                None,
+            )
+            if record.exc_info:
+                error = record.exc_info[1]
+                fields = getattr(record, "fields", {})
+                record.__dict__["fields"] = fields | ({"error": _place(error)} if error else {})
+            record.exc_info = record.exc_text = record.stack_info = None
+        self.records.append(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         self.dropped_total += 1
 
 
-class _Writer(logging.StreamHandler[TextIO]):
-    def __init__(self, stream: TextIO, source: LogQueue) -> None:
-        super().__init__(stream)
-        self._source = source
+class _Writer:
+    """The thread that writes what has gathered, `FLUSH_S` at a time: waking it for each record
+    would cost a turn more than all its other logging."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        self._source.dropped_total += 1
+    def __init__(self, source: LogQueue, stream: TextIO, formatter: logging.Formatter) -> None:
+        self._source = source
+        self._stream = stream
+        self._formatter = formatter
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
+        self.start = self._thread.start
+
+    def _run(self) -> None:
+        while not self._stopping.wait(FLUSH_S):
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        source = self._source
+        lines: list[str] = []
+        while source.records:
+            record = source.records.popleft()
+            try:
+                lines.append(self._formatter.format(record) + "\n")
+            except Exception:
+                source.dropped_total += 1
+        if not lines:
+            return
+        try:
+            self._stream.write("".join(lines))
+            self._stream.flush()
+        except (OSError, ValueError):
+            source.dropped_total += len(lines)
+
+    def stop(self) -> None:
+        """Write what is left, unless nobody reads the stream."""
+        self._stopping.set()
+        self._thread.join(STOP_TIMEOUT_S)
 
 
 class _Json(logging.Formatter):
@@ -158,14 +196,3 @@ def _place(error: BaseException) -> str:
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return " <- ".join([text, *map(_place, inner[:3]), *([_place(cause)] if cause else [])])
-
-
-def _stop(listener: QueueListener, records: Queue[logging.LogRecord | None]) -> None:
-    """`QueueListener.stop` that gives up on a stream nobody reads."""
-    thread = listener._thread
-    try:
-        records.put(None, timeout=STOP_TIMEOUT_S)
-    except Full:
-        return
-    if thread is not None:
-        thread.join(STOP_TIMEOUT_S)

@@ -7,6 +7,7 @@ session, key, path or text of a client is ever a label.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +17,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -28,6 +30,22 @@ LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80,
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
 
 
+_M = TypeVar("_M", bound=MetricWrapperBase)
+
+
+class Family(dict[tuple[str, ...], _M], Generic[_M]):
+    """A labelled metric's children by label values. ``family[values]`` is a dictionary's look-up,
+    a tenth of what `labels` costs."""
+
+    def __init__(self, metric: _M) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def __missing__(self, values: tuple[str, ...]) -> _M:
+        child = self[values] = self.metric.labels(*values)
+        return child
+
+
 class Metrics:
     """The gateway's metrics over a registry of its own."""
 
@@ -37,25 +55,31 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        self.turns = Counter(
-            "cachewise_turns",
-            "Turns by how they ended.",
-            ("wire", "client", "outcome"),
-            registry=registry,
+        self.turns = Family(
+            Counter(
+                "cachewise_turns",
+                "Turns by how they ended.",
+                ("wire", "client", "outcome"),
+                registry=registry,
+            )
         )
-        self.turn_duration = Histogram(
-            "cachewise_turn_duration_seconds",
-            "From a turn's arrival to its last byte.",
-            ("wire",),
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
+        self.turn_duration = Family(
+            Histogram(
+                "cachewise_turn_duration_seconds",
+                "From a turn's arrival to its last byte.",
+                ("wire",),
+                buckets=LATENCY_BUCKETS,
+                registry=registry,
+            )
         )
-        self.first_byte = Histogram(
-            "cachewise_time_to_first_byte_seconds",
-            "From a turn's arrival to the first byte of the pod's answer.",
-            ("pod",),
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
+        self.first_byte = Family(
+            Histogram(
+                "cachewise_time_to_first_byte_seconds",
+                "From a turn's arrival to the first byte of the pod's answer.",
+                ("pod",),
+                buckets=LATENCY_BUCKETS,
+                registry=registry,
+            )
         )
         self.overhead = Histogram(
             "cachewise_overhead_seconds",
@@ -81,45 +105,62 @@ class Metrics:
             ("stage",),
             registry=registry,
         )
-        self.prompt_tokens = Counter(
-            "cachewise_prompt_tokens",
-            "Prompt tokens of answered turns, as the pods report them.",
-            ("pod",),
-            registry=registry,
+        self.prompt_tokens = Family(
+            Counter(
+                "cachewise_prompt_tokens",
+                "Prompt tokens of answered turns, as the pods report them.",
+                ("pod",),
+                registry=registry,
+            )
         )
-        self.cached_tokens = Counter(
-            "cachewise_cached_prompt_tokens",
-            "Prompt tokens served from a pod's prefix cache, as the pods report them.",
-            ("pod",),
-            registry=registry,
+        self.cached_tokens = Family(
+            Counter(
+                "cachewise_cached_prompt_tokens",
+                "Prompt tokens served from a pod's prefix cache, as the pods report them.",
+                ("pod",),
+                registry=registry,
+            )
         )
-        self.output_tokens = Counter(
-            "cachewise_output_tokens",
-            "Generated tokens, as the pods report them.",
-            ("pod",),
-            registry=registry,
+        self.output_tokens = Family(
+            Counter(
+                "cachewise_output_tokens",
+                "Generated tokens, as the pods report them.",
+                ("pod",),
+                registry=registry,
+            )
         )
-        self.expected_cached_tokens = Counter(
-            "cachewise_expected_cached_prompt_tokens",
-            "Prompt tokens believed resident, of turns whose pod reports cached tokens.",
-            ("pod",),
-            registry=registry,
+        self.expected_cached_tokens = Family(
+            Counter(
+                "cachewise_expected_cached_prompt_tokens",
+                "Prompt tokens believed resident, of turns whose pod reports cached tokens.",
+                ("pod",),
+                registry=registry,
+            )
         )
-        self.identified = Counter(
-            "cachewise_identified_turns",
-            "Turns by how their session was recognised.",
-            ("by",),
-            registry=registry,
+        self.identified = Family(
+            Counter(
+                "cachewise_identified_turns",
+                "Turns by how their session was recognised.",
+                ("by",),
+                registry=registry,
+            )
         )
-        self.gaps = Histogram(
-            "cachewise_gap_seconds",
-            "Gaps between a session's turns, by what it waited for.",
-            ("idle_kind",),
-            buckets=GAP_BUCKETS,
-            registry=registry,
+        self.gaps = Family(
+            Histogram(
+                "cachewise_gap_seconds",
+                "Gaps between a session's turns, by what it waited for.",
+                ("idle_kind",),
+                buckets=GAP_BUCKETS,
+                registry=registry,
+            )
         )
-        self.tool_calls = Counter(
-            "cachewise_tool_calls", "Tool calls seen in answers.", ("client",), registry=registry
+        self.tool_calls = Family(
+            Counter(
+                "cachewise_tool_calls",
+                "Tool calls seen in answers.",
+                ("client",),
+                registry=registry,
+            )
         )
         self.prefix_breaks = Counter(
             "cachewise_prefix_breaks",
@@ -133,11 +174,13 @@ class Metrics:
             ("cause",),
             registry=registry,
         )
-        self.decisions = Counter(
-            "cachewise_route_decisions",
-            "Routing decisions by reason.",
-            ("policy", "reason"),
-            registry=registry,
+        self.decisions = Family(
+            Counter(
+                "cachewise_route_decisions",
+                "Routing decisions by reason.",
+                ("policy", "reason"),
+                registry=registry,
+            )
         )
         self.sessions = Gauge(
             "cachewise_sessions", "Sessions known, by state.", ("state",), registry=registry

@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import count
 from secrets import token_hex
 from typing import TypeVar
 
@@ -148,6 +149,8 @@ class SessionStore:
         self._responses: OrderedDict[str, str] = OrderedDict()
         self._tails = TailIndex(limit=3 * max_sessions)
         self._distrust: OrderedDict[str, int] = OrderedDict()
+        self._unnamed = token_hex(16)
+        self._numbers = count()
         self.evicted_total = 0
 
     def __len__(self) -> int:
@@ -258,7 +261,7 @@ class SessionStore:
             if not aside and (owner := self._continued(request, prefix, scope)) is not None:
                 prefix, change = advance(owner.prefix, request)
                 return owner, prefix, change, "prefix", None
-            chain = token_hex(16)
+            chain = f"{self._unnamed}.{next(self._numbers)}"
             key, group, parent = f"{scope:x}:{chain}", chain, None
 
         session = Session(

@@ -154,9 +154,9 @@ class TurnFlow:
             self._degraded("session")
             return None
         metrics = gateway.metrics
-        metrics.identified.labels(turn.identified_by).inc()
+        metrics.identified[turn.identified_by,].inc()
         if turn.gap is not None:
-            metrics.gaps.labels(turn.gap.kind).observe(turn.gap.seconds)
+            metrics.gaps[turn.gap.kind,].observe(turn.gap.seconds)
         if turn.change.cause is not None:
             metrics.prefix_breaks.labels(turn.change.cause).inc()
             metrics.prefix_lost_tokens.labels(turn.change.cause).inc(turn.lost_tokens)
@@ -167,7 +167,7 @@ class TurnFlow:
         gateway.turns_routed += 1
         arrival = self._arrival()
         decision = choose(pods, arrival, gateway.settings.routing.policy, gateway.turns_routed)
-        gateway.metrics.decisions.labels(decision.policy, decision.reason).inc()
+        gateway.metrics.decisions[decision.policy, decision.reason].inc()
         return decision
 
     def _arrival(self) -> Arrival:
@@ -244,7 +244,7 @@ class TurnFlow:
 
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
         self.first_byte_s = time.monotonic() - sent_at
-        self.gateway.metrics.first_byte.labels(pod.name).observe(time.monotonic() - self.started_at)
+        self.gateway.metrics.first_byte[pod.name,].observe(time.monotonic() - self.started_at)
         self.status = answer.status
         self.event_stream = answer.event_stream
         if answer.status < 300:
@@ -319,8 +319,8 @@ class TurnFlow:
                 self._degraded("settle")
         wire = self.dialect.wire
         client = turn.session.client if turn is not None else "other"
-        gateway.metrics.turns.labels(wire, client, self.outcome).inc()
-        gateway.metrics.turn_duration.labels(wire).observe(now - self.started_at)
+        gateway.metrics.turns[wire, client, self.outcome].inc()
+        gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
         self._log(now, outcome)
 
     def _finish_observer(self) -> TurnOutcome | None:
@@ -349,17 +349,17 @@ class TurnFlow:
         if usage is not None and usage.prompt_tokens:
             prompt_tokens, output_tokens = usage.prompt_tokens, usage.output_tokens
             cached_tokens = usage.cached_tokens
-            metrics.prompt_tokens.labels(pod.name).inc(prompt_tokens)
-            metrics.output_tokens.labels(pod.name).inc(output_tokens)
+            metrics.prompt_tokens[pod.name,].inc(prompt_tokens)
+            metrics.output_tokens[pod.name,].inc(output_tokens)
         if cached_tokens is not None:
-            metrics.cached_tokens.labels(pod.name).inc(cached_tokens)
-            metrics.expected_cached_tokens.labels(pod.name).inc(decision.resident_tokens)
+            metrics.cached_tokens[pod.name,].inc(cached_tokens)
+            metrics.expected_cached_tokens[pod.name,].inc(decision.resident_tokens)
             pod.residency.learn(decision.resident_tokens, cached_tokens)
         if self.event_stream:
             known = cached_tokens if cached_tokens is not None else decision.resident_tokens
             pod.rate.learn(self.tokens_ahead + max(1, prompt_tokens - known), self.first_byte_s)
         if outcome is not None:
-            metrics.tool_calls.labels(session.client).inc(len(outcome.tool_calls))
+            metrics.tool_calls[session.client,].inc(len(outcome.tool_calls))
         session.pod = pod.name
         session.decision = decision
         pod.residency.touch(session.sid, prompt_tokens + output_tokens, turn.heads(HEAD_SEGMENTS))
