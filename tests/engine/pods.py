@@ -38,7 +38,8 @@ def running(model: Path, count: int, extra_flags: Sequence[str] = ()) -> Iterato
     pods: list[VllmPod] = []
     try:
         for number in range(count):
-            pods.append(_spawn(model, model.parent / f"pod-{number}.log", extra_flags))
+            log = model.parent / f"pod-{number}.log"
+            pods.append(_spawn(model, log, extra_flags))  # noqa: PERF401 (kept if the next fails)
         deadline = time.monotonic() + START_TIMEOUT_S
         for pod in pods:
             _wait_until_ready(pod, deadline)

@@ -128,9 +128,7 @@ async def test_greedy_output_is_the_same_on_both_pods(vllm_pods: list[VllmPod]) 
 
 async def test_every_dialect_calls_the_tool(pod: VllmPod) -> None:
     question = [{"role": "user", "content": "Run it."}]
-    chat = await post(
-        pod, "/v1/chat/completions", {"messages": question, "tools": [OPENAI_TOOL]}
-    )
+    chat = await post(pod, "/v1/chat/completions", {"messages": question, "tools": [OPENAI_TOOL]})
     (call,) = chat["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == ARGUMENTS
 
@@ -197,5 +195,5 @@ async def test_a_client_that_leaves_ends_its_request_on_the_pod(pod: VllmPod) ->
                 break
         assert (await load_of(pod)).running_requests == 1
     async with asyncio.timeout(30):
-        while (await load_of(pod)).running_requests:
+        while (await load_of(pod)).running_requests:  # noqa: ASYNC110 (the pod tells nobody)
             await asyncio.sleep(0.05)
