@@ -267,3 +267,38 @@ class Metrics:
 def _raise_to(counter: Counter, total: int) -> None:
     """Bring a counter up to a total that is counted elsewhere."""
     counter.inc(max(0, total - counter._value.get()))
+
+
+def reference() -> str:
+    """The tables of `docs/metrics.md`: every metric and every label with its meaning."""
+    rows = []
+    for metric in Metrics().registry.collect():
+        if not metric.name.startswith("cachewise_"):
+            continue
+        suffix = "_total" if metric.type == "counter" else ""
+        rows.append(f"| `{metric.name}{suffix}` | {metric.type} | {metric.documentation} |")
+    labels = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in LABELS.items())
+    heads = "| metric | type | meaning |", "| label | values |"
+    lines = "| --- | --- | --- |", "| --- | --- |"
+    return "\n".join([heads[0], lines[0], *rows, "", heads[1], lines[1], labels])
+
+
+LABELS = {
+    "wire": "the dialect: `chat`, `completions`, `responses`, `messages`",
+    "client": "the client program by its `User-Agent`: one of a fixed few names, or `other`",
+    "outcome": "`ok`, `pod_error` (the pod's own error, passed through), `gateway_error`,"
+    " `broken_off` (the pod failed in the middle), `client_gone`, `cancelled`, `failed`",
+    "pod": "the pod's name as configured",
+    "by": "what named the session: a header, a body field, `tool_call_id`, `prefix`, `new`",
+    "idle_kind": "`tool`, `human`, `background`, `ended`",
+    "cause": "`model`, `tools`, `system`, `compaction`, `edit`, `truncation`",
+    "policy": "the routing policy",
+    "reason": "`only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
+    " [how it works](how-it-works.md)",
+    "stage": "where a fault was survived: `session`, `route`, `observe`, `settle`",
+    "status": "an HTTP status code",
+    "state": "`running`, `idle`, `ended`",
+}
+
+if __name__ == "__main__":
+    print(reference())

@@ -1,0 +1,30 @@
+"""The pages that are generated are in sync, and links between pages lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gateway.metrics import LABELS, Metrics, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_page_of_metrics_is_in_sync() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert reference() in page, "paste what `python -m gateway.metrics` prints"
+
+
+def test_every_label_is_explained() -> None:
+    used: set[str] = set()
+    for metric in Metrics().__dict__.values():
+        used.update(getattr(getattr(metric, "metric", metric), "_labelnames", ()))
+    assert used == set(LABELS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
