@@ -40,6 +40,13 @@ _BACKGROUND_RESULT = re.compile(
     r"Command running in background with ID|Async agent launched|Background agent launched"
 )
 _NOTIFICATION = "<task-notification>"
+_CLIENT_SPEAKS = (
+    _NOTIFICATION,
+    "Another language model started to solve this problem",
+    "This session is being continued from a previous conversation",
+)
+"""A user message that holds one of these was written by the client itself: news of a background
+task, the summary that a compaction left."""
 _NOTIFIED_CALL = re.compile(r"<tool-use-id>\s*([^<\s]{1,256})\s*</tool-use-id>")
 
 
@@ -74,7 +81,7 @@ def resumed_by(last: Item) -> IdleKind | None:
     """What ended the wait, told from the request's last message: only tool results → the tools;
     a person's text → a person; a message the client made by itself → the background. None if it
     does not tell (an assistant message last, say)."""
-    if _NOTIFICATION in last.text:
+    if any(mark in last.text for mark in _CLIENT_SPEAKS):
         return "background"
     if last.role == "tool":
         return "tool"

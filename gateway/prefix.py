@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import orjson
 import xxhash
 
-from gateway.dialects.turn import TurnRequest
+from gateway.dialects.turn import TurnRequest, dumps
 
 xxh3 = xxhash.xxh3_64_intdigest
 
@@ -103,6 +104,8 @@ def advance(before: Prefix | None, request: TurnRequest) -> tuple[Prefix, Prefix
     same_bytes = now.end_bytes[same - 1] if same else 0
     if before is None or same >= len(before):
         return now, PrefixChange(same, same_bytes, size)
+    if same == len(before) - 1 and (grown_bytes := _grown(before, now, request, same)):
+        return now, PrefixChange(same, same_bytes + grown_bytes, size)
     return now, PrefixChange(
         same,
         same_bytes,
@@ -110,6 +113,30 @@ def advance(before: Prefix | None, request: TurnRequest) -> tuple[Prefix, Prefix
         lost_bytes=before.total_bytes - same_bytes,
         cause=_cause(before, now, same) if comparable else "model",
     )
+
+
+MAX_BLOCKS_ADDED = 4
+
+
+def _grown(before: Prefix, now: Prefix, request: TurnRequest, last: int) -> int:
+    """Bytes that the last message of ``before`` has in common with its successor, if that only has
+    more blocks at its end (Claude Code adds its wish for a summary to the last tool results);
+    else 0."""
+    if not HEAD_SEGMENTS <= last < len(now):
+        return 0
+    try:
+        message = orjson.loads(request.item(last).canonical)
+    except orjson.JSONDecodeError:
+        return 0
+    blocks = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(blocks, list):
+        return 0
+    for count in range(len(blocks) - 1, max(0, len(blocks) - 1 - MAX_BLOCKS_ADDED), -1):
+        message["content"] = blocks[:count]
+        canonical = dumps(message)
+        if xxh3(canonical, now.chain[last - 1]) == before.chain[last]:
+            return len(canonical)
+    return 0
 
 
 def _cause(before: Prefix, now: Prefix, same: int) -> BreakCause:

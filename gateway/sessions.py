@@ -186,7 +186,7 @@ class SessionStore:
         session, prefix, change, by, fork = self._resolve(
             headers, request, named, request_class, tenant, scope, now
         )
-        gap = self._close_gap(session, request, now)
+        gap = self._close_gap(session, request, request_class, now)
         self._note_background(session, request, change)
 
         lost_tokens = round(change.lost_bytes * session.tokens_per_byte)
@@ -295,7 +295,7 @@ class SessionStore:
         """The session that was issued the newest tool-call id found in the request, or whose
         response it continues."""
         previous = request.ids.previous_response_id
-        if previous is not None:
+        if len(previous):
             response_id = bytes(previous).decode(errors="replace").strip('"')
             if (owner := self.of_response(scope, response_id)) is not None:
                 return owner
@@ -346,7 +346,9 @@ class SessionStore:
             self._distrust.popitem(last=False)
 
     @staticmethod
-    def _close_gap(session: Session, request: TurnRequest, now: float) -> Gap | None:
+    def _close_gap(
+        session: Session, request: TurnRequest, request_class: RequestClass, now: float
+    ) -> Gap | None:
         since, expected = session.idle_since, session.idle_kind
         if since is None or expected is None or session.in_flight:
             return None
@@ -355,7 +357,10 @@ class SessionStore:
             return None
         if expected == "ended":
             expected = "human"
-        kind = waited_for(expected, resumed_by(request.item(len(request.segments) - 1)))
+        # A compaction's last message is the client's own: it says nothing about the wait.
+        compacts = request_class == "compaction"
+        resumed = None if compacts else resumed_by(request.item(len(request.segments) - 1))
+        kind = waited_for(expected, resumed)
         gap = Gap(max(0.0, now - since), kind, session.waiting_for, now)
         session.gaps.append(gap)
         return gap
@@ -416,7 +421,8 @@ class SessionStore:
         if session.final or turn.request_class == "auxiliary":
             return "ended"
         if turn.request_class == "compaction":
-            return "background"  # the client goes on by itself
+            # The client goes on by itself; an aside without tools has done its work.
+            return "background" if session.has_tools else "ended"
         kind = idle_after(calls, bool(session.background))
         if kind == "human" and not calls and session.parent is not None:
             return "ended"  # a sub-agent that answers without a call has reported to its parent

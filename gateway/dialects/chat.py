@@ -36,12 +36,12 @@ class ChatBody(msgspec.Struct):
     stream: bool | None = False
     tools: msgspec.Raw = EMPTY
     functions: msgspec.Raw = EMPTY
-    metadata: msgspec.Raw | None = None
-    conversation: msgspec.Raw | None = None
-    client_metadata: msgspec.Raw | None = None
-    agent_hint: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    conversation: msgspec.Raw = EMPTY
+    client_metadata: msgspec.Raw = EMPTY
+    agent_hint: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
 
 
 _decode_chat = msgspec.json.Decoder(ChatBody).decode
@@ -78,12 +78,12 @@ _ROLES: dict[str, Role] = {
 }
 
 
-def look_tools(raw: msgspec.Raw) -> Item:
+def look_tools(raw: bytes) -> Item:
     """The tools segment, in any dialect: a list of tools, order kept."""
     return Item(dumps(text_blocks(orjson.loads(raw))) if len(raw) else b"", "other")
 
 
-def look_chat(index: int, raw: msgspec.Raw) -> Item:
+def look_chat(index: int, raw: bytes) -> Item:
     """A segment of a chat request."""
     if index < 2:
         return look_tools(raw)
@@ -210,8 +210,8 @@ class CompletionBody(msgspec.Struct):
     model: str
     prompt: msgspec.Raw = EMPTY
     stream: bool | None = False
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
 
 
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode
@@ -225,6 +225,6 @@ def parse_completion(body: bytes) -> TurnRequest:
         model=completion.model,
         stream=bool(completion.stream),
         segments=[EMPTY, EMPTY, completion.prompt],
-        look=lambda _, raw: Item(bytes(raw), "user", text="" if len(raw) == 0 else "prompt"),
+        look=lambda _, raw: Item(raw, "user", text="" if len(raw) == 0 else "prompt"),
         ids=BodyIds(session_id=completion.session_id, prompt_cache_key=completion.prompt_cache_key),
     )

@@ -40,9 +40,9 @@ class MessagesBody(msgspec.Struct):
     stream: bool | None = False
     system: msgspec.Raw = EMPTY
     tools: msgspec.Raw = EMPTY
-    metadata: msgspec.Raw | None = None
-    output_config: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    output_config: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
 
 
 _decode = msgspec.json.Decoder(MessagesBody).decode
@@ -58,12 +58,12 @@ def parse_messages(body: bytes) -> TurnRequest:
         segments=[message.tools, message.system, *message.messages],
         look=look_messages,
         ids=BodyIds(metadata=message.metadata, session_id=message.session_id),
-        title_format=_asks_only_title(message.output_config),
+        title_format=_asks_only_title(bytes(message.output_config)),
     )
 
 
-def _asks_only_title(output_config: msgspec.Raw | None) -> bool:
-    if output_config is None or b'"json_schema"' not in bytes(output_config):
+def _asks_only_title(output_config: bytes) -> bool:
+    if b'"json_schema"' not in output_config:
         return False
     try:
         properties = orjson.loads(output_config)["format"]["schema"]["properties"]
@@ -75,7 +75,7 @@ def _asks_only_title(output_config: msgspec.Raw | None) -> bool:
 _ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
 
 
-def look_messages(index: int, raw: msgspec.Raw) -> Item:
+def look_messages(index: int, raw: bytes) -> Item:
     """A segment of a messages request."""
     if index == 0:
         return look_tools(raw)
@@ -114,7 +114,7 @@ def look_messages(index: int, raw: msgspec.Raw) -> Item:
     return Item(dumps(message), role, call_ids, results, text)
 
 
-def _look_system(raw: msgspec.Raw) -> Item:
+def _look_system(raw: bytes) -> Item:
     if not len(raw):
         return Item(b"", "system")
     blocks = [

@@ -36,12 +36,12 @@ class ResponsesBody(msgspec.Struct):
     stream: bool | None = False
     instructions: msgspec.Raw = EMPTY
     tools: msgspec.Raw = EMPTY
-    metadata: msgspec.Raw | None = None
-    conversation: msgspec.Raw | None = None
-    client_metadata: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
-    previous_response_id: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    conversation: msgspec.Raw = EMPTY
+    client_metadata: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
+    previous_response_id: msgspec.Raw = EMPTY
 
 
 _decode = msgspec.json.Decoder(ResponsesBody).decode
@@ -81,7 +81,7 @@ _ROLES: dict[str, Role] = {
 _CALLS = frozenset({"function_call", "custom_tool_call", "local_shell_call", "mcp_call"})
 
 
-def look_responses(index: int, raw: msgspec.Raw) -> Item:
+def look_responses(index: int, raw: bytes) -> Item:
     """A segment of a responses request."""
     if index == 0:
         return look_tools(raw)

@@ -17,6 +17,8 @@ import orjson
 Wire = Literal["chat", "completions", "responses", "messages"]
 Role = Literal["system", "user", "assistant", "tool", "other"]
 
+EMPTY = msgspec.Raw(b"")
+
 MAX_ARGUMENT_CHARS = 65_536
 """Characters of a tool call's arguments that are kept; the rest is counted, not stored."""
 
@@ -89,17 +91,16 @@ class Item:
     """The first `HEAD_CHARS` of a person's (or the client's) text in it."""
 
 
-@dataclass(slots=True)
-class BodyIds:
+class BodyIds(msgspec.Struct):
     """Fields of the body that may name the session; every value is untrusted and may be odd."""
 
-    metadata: msgspec.Raw | None = None
-    conversation: msgspec.Raw | None = None
-    client_metadata: msgspec.Raw | None = None
-    agent_hint: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
-    previous_response_id: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    conversation: msgspec.Raw = EMPTY
+    client_metadata: msgspec.Raw = EMPTY
+    agent_hint: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
+    previous_response_id: msgspec.Raw = EMPTY
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ class TurnRequest:
     model: str
     stream: bool
     segments: list[msgspec.Raw]
-    look: Callable[[int, msgspec.Raw], Item]
+    look: Callable[[int, bytes], Item]
     ids: BodyIds = field(default_factory=BodyIds)
     title_format: bool = False
     """The client asked for a JSON object that holds only a title."""
@@ -125,11 +126,11 @@ class TurnRequest:
         """The segment at ``index``, parsed once. Never raises: what cannot be read is ``other``."""
         found = self._items.get(index)
         if found is None:
-            raw = self.segments[index]
+            raw = bytes(self.segments[index])
             try:
                 found = self.look(index, raw)
             except Exception:
-                found = Item(bytes(raw), "other")
+                found = Item(raw, "other")
             self._items[index] = found
         return found
 
@@ -146,9 +147,6 @@ class Observer(Protocol):
 
     def feed(self, chunk: bytes) -> None: ...
     def finish(self) -> None: ...
-
-
-EMPTY = msgspec.Raw(b"")
 
 
 def dumps(value: Any) -> bytes:
