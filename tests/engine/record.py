@@ -30,14 +30,14 @@ RESPONSES_TOOL = {
 ANTHROPIC_TOOL = {"name": "bash", "description": "Run a command", "input_schema": SCHEMA}
 
 
-def requests(model: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def requests(model: str, max_model_len: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (path, body) of every sample; a streamed one also gets a `.sse`."""
     messages = [{"role": "user", "content": PROMPT}]
     chat = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 8}
     text = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
     responses = {"model": model, "input": PROMPT, "temperature": 0, "max_output_tokens": 8}
     anthropic = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 8}
-    too_long = "word " * 8192
+    too_long = "word " * max_model_len
     return {
         "chat": ("/v1/chat/completions", chat),
         "chat-tool": (
@@ -92,7 +92,7 @@ def requests(model: str) -> dict[str, tuple[str, dict[str, Any]]]:
 def record(base_url: str, directory: Path) -> None:
     with httpx.Client(base_url=base_url, timeout=60) as client:
         version = client.get("/version").json()["version"]
-        model = client.get("/v1/models").json()["data"][0]["id"]
+        served = client.get("/v1/models").json()["data"][0]
         series = ".".join(version.split("+")[0].split(".")[:2])
         out = directory / f"vllm-{series}"
         out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def record(base_url: str, directory: Path) -> None:
             (out / name).write_bytes(response.content)
             print(f"{response.status_code} {name} {response.headers.get('content-type')}")
 
-        for name, (path, body) in requests(model).items():
+        for name, (path, body) in requests(served["id"], served["max_model_len"]).items():
             save(f"{name}.json", "POST", path, body)
             if "error" in name or path in ("/tokenize", "/v1/messages/count_tokens"):
                 continue

@@ -1,21 +1,44 @@
 """A Qwen2 model small enough to run real vLLM on two CPU cores, made in place.
 
 The weights are random but seeded and written to disk, so greedy output is the same on every
-machine. Rows of the output layer that are not printable ASCII are zero: the model talks
-gibberish, but readable gibberish, and never stops by itself.
+machine. On top of the noise stand a few transitions from one token to the next, so that the
+model behaves like an agent's: with tools it calls one, reads the result, calls again, and
+answers after `TOOL_CALLS` results; without tools it answers at once; when the last message says
+"at length" it talks gibberish until told to stop. Arguments follow their JSON schema because
+vLLM is started with `--tool-strict-level parameter`; a free string is "ls".
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-MAX_MODEL_LEN = 4096
-HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 2, 2, 1, 256  # CPU kernels need heads of 64
+MAX_MODEL_LEN = 65_536
+# vLLM's CPU kernels want heads of 64 or more.
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 2, 2, 1, 256
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+TOOL_CALLS = 2
+ANSWER = ("Done", ",", "Ġthe", "Ġtests", "Ġpass", ".")
+ANSWER_TEXT = "Done, the tests pass."
 
-# Qwen2's own format: ChatML, tools as JSON in the system message, Hermes tool calls.
-CHAT_TEMPLATE = """\
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|call|>", "<|answer|>")
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")
+
+# Any token of the left side is followed by one of the right side, as far as a grammar allows.
+TRANSITIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("<|call|>",), ("<tool_call>",)),
+    (("</tool_call>",), ("<|im_end|>",)),
+    ((":", '":'), ('Ġ"',)),
+    (('Ġ"',), ("ls",)),
+    (("ls",), ('"',)),
+    (tuple("0123456789"), ("}", ",", "]")),
+    *(((a,), (b,)) for a, b in pairwise(("<|answer|>", *ANSWER, "<|im_end|>"))),
+)
+
+# ChatML with tools as JSON in the system message and Hermes tool calls, as Qwen2 has it; the
+# last token chooses what the model does.
+CHAT_TEMPLATE = (
+    """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content }}
 {%- elif content -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}{%- endif -%}
@@ -25,23 +48,34 @@ CHAT_TEMPLATE = """\
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}<|im_end|>
 {% endif -%}
+{%- set turn = namespace(results=0) -%}
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {{ text(message.content) }}
 {%- for call in message.tool_calls or [] %}
 <tool_call>{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}\
 </tool_call>
 {%- endfor %}<|im_end|>
-{% endfor -%}
+{% if message.role == "user" %}{% set turn.results = 0 %}{% endif -%}
+{%- if message.role == "tool" %}{% set turn.results = turn.results + 1 %}{% endif -%}
+{%- endfor -%}
 {%- if add_generation_prompt %}<|im_start|>assistant
-{% endif -%}
+{% if "at length" in text(messages[-1].content) -%}
+{%- elif tools and turn.results < """
+    + str(TOOL_CALLS)
+    + """ -%}<|call|>
+{%- else -%}<|answer|>
+{%- endif -%}
+{%- endif -%}
 """
+)
 
 # What the byte-pair merges are learned from; its words are the agents' own.
 CORPUS = (
     "You are a coding agent. Use the tools to read files, edit them and run the tests.",
     'The tool bash runs a command: {"name": "bash", "arguments": {"command": "ls -la src"}}',
     'def test_reads_a_file(path: Path) -> None: assert path.read_text() == "hello"',
-    "The tests pass now. I changed the parser so that an empty line ends the block.",
+    "Done, the tests pass. I changed the parser so that an empty line ends the block.",
+    "The tests fail: the command ls prints \"ls\": \"ls\", Done.",
     '{"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}',
 )
 
@@ -78,7 +112,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _write_tokenizer(directory: Path) -> dict[str, int]:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,11 +120,13 @@ def _write_tokenizer(directory: Path) -> dict[str, int]:
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         min_frequency=1,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *TOOL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    # Trained as one piece, but to be seen in the output, where the tool parser looks for them.
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in TOOL_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(
         directory / "tokenizer_config.json",
@@ -112,19 +148,27 @@ def _write_weights(directory: Path, vocab: dict[str, int], seed: int) -> None:
 
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.3
+    def normal(*shape: int, scale: float = 0.3) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
 
     head_size = HIDDEN // HEADS
-    weights = {
-        "model.embed_tokens.weight": normal(len(vocab), HIDDEN),
-        "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": normal(len(vocab), HIDDEN),
-    }
+    embedding = normal(len(vocab), HIDDEN)
+    output = normal(len(vocab), HIDDEN, scale=0.05)
     for token, index in vocab.items():
         # "Ġ" is how byte-level BPE writes a leading space.
-        if token in SPECIAL_TOKENS or not token.removeprefix("Ġ").isascii():
-            weights["lm_head.weight"][index] = 0.0
+        if token in (*SPECIAL_TOKENS, *TOOL_TOKENS) or not token.removeprefix("Ġ").isascii():
+            output[index] = 0.0
+    for tokens, followers in TRANSITIONS:
+        # An embedding so long that the layers hardly turn it, and an output row along it: far
+        # from this context the row is shorter than the noise.
+        direction = normal(HIDDEN).sign()
+        embedding[[vocab[token] for token in tokens]] = 300 * direction
+        output[[vocab[token] for token in followers]] += 0.02 * direction
+    weights = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": output,
+    }
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         weights |= {

@@ -1,0 +1,120 @@
+"""Start and stop real vLLM servers on the CPU."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests.engine import tiny_model
+
+MODEL = "tiny"
+BLOCK_SIZE_TOKENS = 32
+NUM_BLOCKS = tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True)
+class VllmPod:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+
+@contextlib.contextmanager
+def running(model: Path, count: int, extra_flags: Sequence[str] = ()) -> Iterator[list[VllmPod]]:
+    """`count` ready vLLM servers of the model in `model`; none is left behind."""
+    pods: list[VllmPod] = []
+    try:
+        for number in range(count):
+            pods.append(_spawn(model, model.parent / f"pod-{number}.log", extra_flags))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for pod in pods:
+            _wait_until_ready(pod, deadline)
+        yield pods
+    finally:
+        for pod in pods:
+            _signal(pod, signal.SIGTERM)
+        for pod in pods:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pod.process.wait(STOP_TIMEOUT_S)
+            _signal(pod, signal.SIGKILL)
+            pod.process.wait()
+
+
+def _spawn(model: Path, log: Path, extra_flags: Sequence[str]) -> VllmPod:
+    port = _free_port()
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model.name, "--served-model-name", MODEL),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"),
+        *("--block-size", str(BLOCK_SIZE_TOKENS)),
+        *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
+        *("--max-model-len", str(tiny_model.MAX_MODEL_LEN)),
+        "--enable-prompt-tokens-details",
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        # A random model calls tools well only under a grammar that leaves it no blanks.
+        *("--tool-strict-level", "parameter"),
+        *(
+            "--structured-outputs-config",
+            '{"backend": "xgrammar", "disable_any_whitespace": true}',
+        ),
+        *extra_flags,
+    ]
+    environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(model.parent / "cache"),
+        "VLLM_CONFIG_ROOT": str(model.parent / "config"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=model.parent,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return VllmPod(f"http://127.0.0.1:{port}", process, log)
+
+
+def _wait_until_ready(pod: VllmPod, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        if pod.process.poll() is not None:
+            raise RuntimeError(f"vLLM ended with {pod.process.returncode}:\n{pod.log_tail()}")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{pod.url}/health", trust_env=False).is_success:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"vLLM is not ready after {START_TIMEOUT_S:g} s:\n{pod.log_tail()}")
+
+
+def _signal(pod: VllmPod, number: signal.Signals) -> None:
+    """To the whole group: the engine core is a process of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pod.process.pid, number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
