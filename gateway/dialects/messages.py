@@ -87,6 +87,9 @@ def look_messages(index: int, raw: msgspec.Raw) -> Item:
     message = orjson.loads(raw)
     role = _ROLES.get(as_str(message.get("role")), "other")
     blocks = text_blocks(message.get("content"))
+    for block in blocks:
+        if isinstance(block, dict) and block.get("type") == "tool_result":
+            block["content"] = text_blocks(block.get("content"))
     message["content"] = blocks
     call_ids: tuple[str, ...] = ()
     results: tuple[ToolResult, ...] = ()
