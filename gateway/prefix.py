@@ -147,7 +147,8 @@ def _cause(before: Prefix, now: Prefix, same: int) -> BreakCause:
     if same == len(now):
         return "truncation"
     # A compaction replaces most of the history by a summary: far fewer segments than before.
-    if len(now) <= max(HEAD_SEGMENTS + 4, len(before) // 2) and same < len(before) // 2:
+    few = max(HEAD_SEGMENTS + 4, len(before) // 2)
+    if len(now) <= few and len(now) < len(before) and same < len(before) // 2:
         return "compaction"
     return "edit"
 

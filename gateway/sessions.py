@@ -15,9 +15,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import count
+from itertools import count, islice, takewhile
 from secrets import token_hex
-from typing import TypeVar
 
 from gateway.dialects.turn import ToolCall, TurnOutcome, TurnRequest, Usage
 from gateway.identity import (
@@ -42,11 +41,11 @@ from gateway.idle import (
 from gateway.prefix import Prefix, PrefixChange, TailIndex, advance
 from gateway.routing import Decision
 
-_V = TypeVar("_V")
-
 GAPS_KEPT = 8
 CALLS_KEPT = 64
 BACKGROUND_KEPT = 32
+RESPONSES_KEPT = 4
+MAX_ID_CHARS = 256
 TOKENS_PER_BYTE = 0.25
 """What a byte of canonical JSON costs in tokens before a pod has said otherwise."""
 
@@ -86,6 +85,8 @@ class Session:
     """Names of the tools that the last response asked for."""
     calls: tuple[str, ...] = ()
     """Ids of these calls, as issued."""
+    responses: deque[str] = field(default_factory=deque)
+    """Where the ids of the latest responses stand in the store's index."""
     background: OrderedDict[str, bool] = field(default_factory=OrderedDict)
     """Ids of calls left running; True for a wake-up the client has planned for itself."""
     gaps: deque[Gap] = field(default_factory=lambda: deque(maxlen=GAPS_KEPT))
@@ -146,7 +147,7 @@ class SessionStore:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._by_sid: dict[str, str] = {}
         self._issued: OrderedDict[str, str | None] = OrderedDict()
-        self._responses: OrderedDict[str, str] = OrderedDict()
+        self._responses: dict[str, str] = {}
         self._tails = TailIndex(limit=3 * max_sessions)
         self._distrust: OrderedDict[str, int] = OrderedDict()
         self._unnamed = token_hex(16)
@@ -180,9 +181,13 @@ class SessionStore:
     ) -> Turn:
         """Find or make the session of a request that just arrived, close its gap, count it in."""
         named = named_by_headers(headers) or named_by_body(request)
-        if named is not None and self._distrust.get(f"{scope:x}:{named.source}", 0) >= 3:
+        if named is not None and self._distrust.get(_source(headers, named, scope), 0) >= 3:
             named = None
         request_class = classify(headers, request, named)
+        if named is not None and request_class in ("main", "subagent") and not request.has_tools:
+            known = self._sessions.get(f"{scope:x}:{named.chain}")
+            if known is not None and known.has_tools:
+                request_class = "auxiliary"
         session, prefix, change, by, fork = self._resolve(
             headers, request, named, request_class, tenant, scope, now
         )
@@ -205,6 +210,7 @@ class SessionStore:
         session.in_flight += 1
         session.turns += 1
         self._sessions.move_to_end(session.key)
+        self._make_room()
         return Turn(
             session=session,
             request_class=request_class,
@@ -237,21 +243,18 @@ class SessionStore:
         forked_from: Session | None = None
         if named is not None:
             chain, group, parent = named.chain, named.group, named.parent
-            known = self._sessions.get(f"{scope:x}:{chain}")
-            if known is not None and known.has_tools and not request.has_tools and not aside:
-                aside, request_class = True, "auxiliary"
             if aside:
                 chain, parent = f"{chain}#{request_class}", chain
             key, source = f"{scope:x}:{chain}", named.source
             known = self._sessions.get(key)
             if known is not None:
                 prefix, change = advance(known.prefix, request)
-                self._distrust.pop(f"{scope:x}:{named.source}", None)
+                self._distrust.pop(_source(headers, named, scope), None)
                 return known, prefix, change, named.source, None
             prefix, change = advance(None, request)
             if not aside:
                 forked_from = self._continued(request, prefix, scope)
-                self._weigh_source(named, scope, forked_from)
+                self._weigh_source(_source(headers, named, scope), named, forked_from)
         else:
             owner = self._owner_of_calls(request, scope)
             if owner is not None:
@@ -288,7 +291,6 @@ class SessionStore:
             session.tokens_per_byte = relative.tokens_per_byte
         self._sessions[key] = session
         self._by_sid[session.sid] = key
-        self._make_room()
         return session, prefix, change, source, fork
 
     def _owner_of_calls(self, request: TurnRequest, scope: int) -> Session | None:
@@ -311,8 +313,15 @@ class SessionStore:
 
     def _continued(self, request: TurnRequest, prefix: Prefix, scope: int) -> Session | None:
         """The session whose latest request this one extends. One rewritten last message is
-        forgiven if the request has grown beyond it. Two that fit: the one whose last words fit,
-        else the one seen last."""
+        forgiven if the request has grown beyond it and they have more in common than a system
+        prompt. Several that fit: the one whose last words fit, else one at rest, else the one seen
+        last."""
+
+        def fits(owner: Session) -> bool:
+            """aider's rewriting cuts the end of what was the last message."""
+            text = request.item(len(owner.prefix or ()) - 1).text
+            return bool(text) and owner.last_user_text.startswith(text[:200])
+
         candidates: list[Session] = []
         longest = 0
         for key, shared in self._tails.find(scope, prefix):
@@ -320,24 +329,24 @@ class SessionStore:
             if owner is None or owner.prefix is None or shared < longest:
                 continue
             whole = shared == len(owner.prefix) and len(prefix) > shared
-            rewritten = shared == len(owner.prefix) - 1 and len(prefix) > len(owner.prefix)
+            rewritten = (
+                shared == len(owner.prefix) - 1
+                and len(prefix) > len(owner.prefix)
+                and (_user_spoke(request, shared) or fits(owner))
+            )
             if not (whole or rewritten) or not _replied_after(request, shared):
                 continue
             longest = shared
             candidates.append(owner)
-        if len(candidates) <= 1:
-            return candidates[0] if candidates else None
-        for owner in candidates:
-            index = len(owner.prefix) - 1 if owner.prefix is not None else 0
-            text = request.item(index).text
-            if text and owner.last_user_text.startswith(text[:200]):
-                return owner
-        return max(candidates, key=lambda owner: (owner.in_flight == 0, owner.seen_at))
+        return max(
+            candidates,
+            key=lambda owner: (fits(owner), owner.in_flight == 0, owner.seen_at),
+            default=None,
+        )
 
-    def _weigh_source(self, named: Named, scope: int, continued: Session | None) -> None:
+    def _weigh_source(self, place: str, named: Named, continued: Session | None) -> None:
         """A header whose value is new each time while the conversation goes on names requests, not
-        sessions: after three such in a row it is not believed any more."""
-        place = f"{scope:x}:{named.source}"
+        sessions: after three such in a row it is not believed any more from this client."""
         if continued is None or continued.source != named.source or continued.turns > 1:
             return
         self._distrust[place] = self._distrust.get(place, 0) + 1
@@ -350,9 +359,9 @@ class SessionStore:
         session: Session, request: TurnRequest, request_class: RequestClass, now: float
     ) -> Gap | None:
         since, expected = session.idle_since, session.idle_kind
+        session.idle_since = session.idle_kind = None
         if since is None or expected is None or session.in_flight:
             return None
-        session.idle_since = session.idle_kind = None
         if len(request.segments) <= 2:
             return None
         if expected == "ended":
@@ -372,7 +381,9 @@ class SessionStore:
             item = request.item(index)
             for result in item.results:
                 if went_to_background(result):
-                    session.background[result.call_id] = False
+                    _leave_running(session, result.call_id, planned=False)
+                elif result.is_error:
+                    session.background.pop(result.call_id, None)
             finished = notified_calls(item) if item.role == "user" else None
             if finished is not None:
                 for call_id in finished:
@@ -383,8 +394,6 @@ class SessionStore:
                 # A person is back: a wake-up the client had planned is no longer what we wait for.
                 for call_id in [c for c, planned in session.background.items() if planned]:
                     del session.background[call_id]
-        while len(session.background) > BACKGROUND_KEPT:
-            session.background.popitem(last=False)
 
     # -- a turn ends -----------------------------------------------------------------------------
 
@@ -395,22 +404,21 @@ class SessionStore:
         session = turn.session
         session.in_flight -= 1
         session.seen_at = now
+        self._sessions.move_to_end(session.key)
         if outcome is None:
-            if not session.in_flight and session.idle_kind is None:
-                session.idle_since = None
             return
         if outcome.usage is not None and outcome.usage.prompt_tokens:
             session.usage = outcome.usage
             if turn.change.total_bytes:
                 session.tokens_per_byte = outcome.usage.prompt_tokens / turn.change.total_bytes
-        if outcome.response_id is not None and turn.session.key in self._sessions:
-            self._remember(self._responses, f"{session.scope:x}:{outcome.response_id}", session.key)
+        if outcome.response_id is not None and len(outcome.response_id) <= MAX_ID_CHARS:
+            self._responded(session, outcome.response_id)
         calls = outcome.tool_calls
         session.tool_calls += len(calls)
         self._issue(session, calls)
         for call in calls:
             if starts_background(call):
-                session.background[call.id] = call.name in STARTS_BACKGROUND
+                _leave_running(session, call.id, planned=call.name in STARTS_BACKGROUND)
         session.waiting_for = tuple(call.name[:128] for call in calls[:CALLS_KEPT])
         session.idle_since = now
         session.idle_kind = self._idle_kind(turn, calls)
@@ -428,34 +436,43 @@ class SessionStore:
             return "ended"  # a sub-agent that answers without a call has reported to its parent
         return kind
 
+    def _responded(self, session: Session, response_id: str) -> None:
+        place = f"{session.scope:x}:{response_id}"
+        if place in session.responses:
+            return
+        self._responses[place] = session.key
+        session.responses.append(place)
+        if len(session.responses) > RESPONSES_KEPT:
+            self._forget_response(session, session.responses.popleft())
+
+    def _forget_response(self, session: Session, place: str) -> None:
+        if self._responses.get(place) == session.key:
+            del self._responses[place]
+
     def _issue(self, session: Session, calls: list[ToolCall]) -> None:
         """Remember whose the calls' ids are. An id that two sessions were given names neither."""
         for call_id in session.calls:
             if self._issued.get(f"{session.scope:x}:{call_id}") == session.key:
                 del self._issued[f"{session.scope:x}:{call_id}"]
-        session.calls = tuple(call.id for call in calls[:CALLS_KEPT] if 0 < len(call.id) <= 256)
+        session.calls = tuple(
+            call.id for call in calls[:CALLS_KEPT] if 0 < len(call.id) <= MAX_ID_CHARS
+        )
         for call_id in session.calls:
             place = f"{session.scope:x}:{call_id}"
             taken = place in self._issued and self._issued[place] != session.key
-            self._remember(self._issued, place, None if taken else session.key)
-
-    def _remember(self, index: OrderedDict[str, _V], place: str, value: _V) -> None:
-        index[place] = value
-        index.move_to_end(place)
-        while len(index) > 4 * self.max_sessions:
-            index.popitem(last=False)
+            self._issued[place] = None if taken else session.key
+            self._issued.move_to_end(place)
+        while len(self._issued) > 4 * self.max_sessions:
+            self._issued.popitem(last=False)
 
     # -- forgetting ------------------------------------------------------------------------------
 
     def expire(self, now: float) -> list[Session]:
         """Forget sessions not seen for ``ttl_s``; returns them."""
-        gone = []
-        while self._sessions:
-            session = next(iter(self._sessions.values()))
-            if session.in_flight or session.seen_at > now - self.ttl_s:
-                break
+        old = takewhile(lambda s: s.seen_at <= now - self.ttl_s, self._sessions.values())
+        gone = [session for session in old if not session.in_flight]
+        for session in gone:
             self._forget(session)
-            gone.append(session)
         return gone
 
     def _make_room(self) -> None:
@@ -463,7 +480,7 @@ class SessionStore:
         if surplus <= 0:
             return
         idle = (s for s in self._sessions.values() if not s.in_flight)
-        for session in [s for s, _ in zip(idle, range(surplus), strict=False)]:
+        for session in list(islice(idle, surplus)):
             self._forget(session)
             self.evicted_total += 1
 
@@ -471,6 +488,8 @@ class SessionStore:
         del self._sessions[session.key]
         self._by_sid.pop(session.sid, None)
         self._issue(session, [])
+        for place in session.responses:
+            self._forget_response(session, place)
         if session.prefix is not None:
             self._tails.forget(session.scope, session.prefix, session.key)
 
@@ -480,12 +499,29 @@ def _public(key: str) -> str:
     return blake2b(key.encode(), digest_size=16).hexdigest()
 
 
+def _source(headers: Headers, named: Named, scope: int) -> str:
+    """Who names sessions by this header or field."""
+    return f"{scope:x}:{client_kind(headers)}:{named.source}"
+
+
+def _leave_running(session: Session, call_id: str, planned: bool) -> None:
+    if len(call_id) <= MAX_ID_CHARS:
+        session.background[call_id] = planned
+    if len(session.background) > BACKGROUND_KEPT:
+        session.background.popitem(last=False)
+
+
 def _last_user_text(request: TurnRequest) -> str:
     for index in range(len(request.segments) - 1, max(1, len(request.segments) - 4), -1):
         item = request.item(index)
         if item.role == "user" and item.text:
             return item.text[:200]
     return ""
+
+
+def _user_spoke(request: TurnRequest, shared: int) -> bool:
+    """Whether a person's words are among the first ``shared`` segments."""
+    return any(request.item(i).role == "user" for i in range(2, shared))
 
 
 def _replied_after(request: TurnRequest, shared: int) -> bool:

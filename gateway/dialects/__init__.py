@@ -68,7 +68,7 @@ def parse(dialect: Dialect, body: bytes) -> TurnRequest:
     """
     try:
         return dialect.parse(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         model, stream = read_model(body)
         return TurnRequest(
             dialect.wire, model, stream, [EMPTY, EMPTY], lambda _, raw: Item(raw, "other")
@@ -82,8 +82,10 @@ def read_model(body: bytes) -> tuple[str, bool]:
         found = _decode_model_only(body)
     except msgspec.ValidationError as error:
         raise MalformedRequestError(f"request body: {error}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedRequestError(f"request body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise MalformedRequestError("request body is nested too deeply") from None
     return found.model, bytes(found.stream) == b"true"
 
 

@@ -11,7 +11,9 @@ import orjson
 from gateway.dialects.sse import JsonObserver, SseObserver
 from gateway.dialects.turn import (
     EMPTY,
+    MAX_CALLS,
     BodyIds,
+    CallDraft,
     Item,
     Role,
     ToolCall,
@@ -22,6 +24,7 @@ from gateway.dialects.turn import (
     as_count,
     as_str,
     dumps,
+    given,
     head_of,
     human_head_of,
     text_blocks,
@@ -50,12 +53,12 @@ _decode_chat = msgspec.json.Decoder(ChatBody).decode
 def parse_chat(body: bytes) -> TurnRequest:
     """Read a chat request. Raises `msgspec.DecodeError` where it is none."""
     chat = _decode_chat(body)
-    tools = chat.tools if len(chat.tools) else chat.functions
+    tools = given(chat.tools)
     return TurnRequest(
         wire="chat",
         model=chat.model,
         stream=bool(chat.stream),
-        segments=[EMPTY if bytes(tools) == b"null" else tools, EMPTY, *chat.messages],
+        segments=[tools if len(tools) else given(chat.functions), EMPTY, *chat.messages],
         look=look_chat,
         ids=BodyIds(
             metadata=chat.metadata,
@@ -130,19 +133,21 @@ class ChatStream(SseObserver):
     def __init__(self) -> None:
         super().__init__()
         self.outcome = TurnOutcome()
-        self._calls: dict[tuple[int, int], tuple[str, str, list[str]]] = {}
+        self._calls: dict[tuple[int, int], CallDraft] = {}
 
     def skippable(self, event: bytes) -> bool:
         return (
             b'"finish_reason":null' in event
+            and b'"finish_reason":"' not in event
             and b'"tool_calls"' not in event
             and b'"usage":{' not in event
+            and b'"error":{' not in event
             and self.outcome.response_id is not None
         )
 
     def event(self, data: dict[str, Any]) -> None:
         outcome = self.outcome
-        if "error" in data:
+        if data.get("error") is not None:
             outcome.error = True
             return
         if outcome.response_id is None and isinstance(data.get("id"), str):
@@ -152,31 +157,30 @@ class ChatStream(SseObserver):
             delta = choice.get("delta") or {}
             for call in delta.get("tool_calls") or ():
                 self._fragment((number, as_count(call.get("index"))), call)
-            if choice.get("finish_reason"):
-                outcome.stop_reason = choice["finish_reason"]
-                self._close_calls()
+            if stop_reason := as_str(choice.get("finish_reason")):
+                outcome.stop_reason = stop_reason
+                self._close_calls(number)
         outcome.usage = usage_of(data.get("usage")) or outcome.usage
 
-    def _fragment(self, key: tuple[int, int], call: dict[str, Any]) -> None:
-        function = call.get("function") or {}
-        call_id, name, arguments = self._calls.get(key, ("", "", []))
-        arguments.append(as_str(function.get("arguments")))
-        self._calls[key] = (
-            call_id or as_str(call.get("id")),
-            name or as_str(function.get("name")),
-            arguments,
-        )
+    def _fragment(self, key: tuple[int, int], piece: dict[str, Any]) -> None:
+        function = piece.get("function") or {}
+        call = self._calls.get(key)
+        if call is None:
+            if len(self._calls) >= MAX_CALLS:
+                return
+            call = self._calls[key] = CallDraft("", "")
+        call.id = call.id or as_str(piece.get("id"))
+        call.name = call.name or as_str(function.get("name"))
+        call.add(as_str(function.get("arguments")))
 
-    def _close_calls(self) -> None:
-        self.outcome.tool_calls += [
-            ToolCall.of(call_id, name, "".join(arguments))
-            for call_id, name, arguments in self._calls.values()
-        ]
-        self._calls.clear()
+    def _close_calls(self, choice: int) -> None:
+        for key in [key for key in self._calls if key[0] == choice]:
+            self.outcome.add_call(self._calls.pop(key).call())
 
     def finish(self) -> None:
         super().finish()
-        self._close_calls()
+        for choice in {choice for choice, _ in self._calls}:
+            self._close_calls(choice)
 
 
 class ChatJson(JsonObserver):
@@ -188,14 +192,14 @@ class ChatJson(JsonObserver):
 
     def body(self, data: dict[str, Any]) -> None:
         outcome = self.outcome
-        outcome.error = "error" in data and data["error"] is not None
+        outcome.error = data.get("error") is not None
         outcome.response_id = as_str(data.get("id")) or None
         outcome.usage = usage_of(data.get("usage"))
         for choice in data.get("choices") or ():
             outcome.stop_reason = as_str(choice.get("finish_reason")) or outcome.stop_reason
             for call in (choice.get("message") or {}).get("tool_calls") or ():
                 function = call.get("function") or {}
-                outcome.tool_calls.append(
+                outcome.add_call(
                     ToolCall.of(
                         as_str(call.get("id")),
                         as_str(function.get("name")),

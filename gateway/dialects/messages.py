@@ -11,7 +11,9 @@ from gateway.dialects.chat import look_tools
 from gateway.dialects.sse import JsonObserver, SseObserver
 from gateway.dialects.turn import (
     EMPTY,
+    MAX_CALLS,
     BodyIds,
+    CallDraft,
     Item,
     Role,
     ToolCall,
@@ -22,6 +24,7 @@ from gateway.dialects.turn import (
     as_count,
     as_str,
     dumps,
+    given,
     head_of,
     human_head_of,
     text_blocks,
@@ -55,7 +58,7 @@ def parse_messages(body: bytes) -> TurnRequest:
         wire="messages",
         model=message.model,
         stream=bool(message.stream),
-        segments=[message.tools, message.system, *message.messages],
+        segments=[given(message.tools), given(message.system), *message.messages],
         look=look_messages,
         ids=BodyIds(metadata=message.metadata, session_id=message.session_id),
         title_format=_asks_only_title(bytes(message.output_config)),
@@ -84,6 +87,9 @@ def look_messages(index: int, raw: bytes) -> Item:
     message = orjson.loads(raw)
     role = _ROLES.get(as_str(message.get("role")), "other")
     blocks = text_blocks(message.get("content"))
+    for block in blocks:
+        if isinstance(block, dict) and block.get("type") == "tool_result":
+            block["content"] = text_blocks(block.get("content"))
     message["content"] = blocks
     call_ids: tuple[str, ...] = ()
     results: tuple[ToolResult, ...] = ()
@@ -122,7 +128,7 @@ def _look_system(raw: bytes) -> Item:
         for block in text_blocks(orjson.loads(raw))
         if not (isinstance(block, dict) and as_str(block.get("text")).startswith(ATTRIBUTION))
     ]
-    return Item(dumps(blocks), "system", text=head_of(blocks))
+    return Item(dumps(blocks) if blocks else b"", "system", text=head_of(blocks))
 
 
 def merge_usage(before: Usage | None, usage: Any) -> Usage | None:
@@ -148,10 +154,12 @@ class MessagesStream(SseObserver):
     def __init__(self) -> None:
         super().__init__()
         self.outcome = TurnOutcome()
-        self._calls: dict[int, tuple[str, str, list[str]]] = {}
+        self._calls: dict[int, CallDraft] = {}
 
     def skippable(self, event: bytes) -> bool:
-        return b'"content_block_delta"' in event and b'"input_json_delta"' not in event
+        return event.startswith(b"event: content_block_delta\n") and (
+            b'"partial_json"' not in event
+        )
 
     def event(self, data: dict[str, Any]) -> None:
         outcome = self.outcome
@@ -162,18 +170,14 @@ class MessagesStream(SseObserver):
                 outcome.usage = merge_usage(None, message.get("usage"))
             case "content_block_start":
                 block = data.get("content_block") or {}
-                if block.get("type") == "tool_use":
-                    given = block.get("input")
-                    first = orjson.dumps(given).decode() if given else ""
-                    self._calls[as_count(data.get("index"))] = (
-                        as_str(block.get("id")),
-                        as_str(block.get("name")),
-                        [first],
-                    )
+                if block.get("type") == "tool_use" and len(self._calls) < MAX_CALLS:
+                    call = CallDraft(as_str(block.get("id")), as_str(block.get("name")))
+                    if arguments := block.get("input"):
+                        call.add(orjson.dumps(arguments).decode())
+                    self._calls[as_count(data.get("index"))] = call
             case "content_block_delta":
-                call = self._calls.get(as_count(data.get("index")))
-                if call is not None:
-                    call[2].append(as_str((data.get("delta") or {}).get("partial_json")))
+                if open_call := self._calls.get(as_count(data.get("index"))):
+                    open_call.add(as_str((data.get("delta") or {}).get("partial_json")))
             case "content_block_stop":
                 self._close_call(as_count(data.get("index")))
             case "message_delta":
@@ -187,7 +191,7 @@ class MessagesStream(SseObserver):
     def _close_call(self, index: int) -> None:
         call = self._calls.pop(index, None)
         if call is not None:
-            self.outcome.tool_calls.append(ToolCall.of(call[0], call[1], "".join(call[2])))
+            self.outcome.add_call(call.call())
 
     def finish(self) -> None:
         super().finish()
@@ -211,6 +215,6 @@ class MessagesJson(JsonObserver):
         for block in data.get("content") or ():
             if block.get("type") == "tool_use":
                 arguments = orjson.dumps(block.get("input")).decode()
-                outcome.tool_calls.append(
+                outcome.add_call(
                     ToolCall.of(as_str(block.get("id")), as_str(block.get("name")), arguments)
                 )

@@ -22,6 +22,7 @@ from gateway.dialects.turn import (
     as_count,
     as_str,
     dumps,
+    given,
     head_of,
     human_head_of,
     text_blocks,
@@ -59,7 +60,7 @@ def parse_responses(body: bytes) -> TurnRequest:
         wire="responses",
         model=request.model,
         stream=bool(request.stream),
-        segments=[request.tools, request.instructions, *items],
+        segments=[given(request.tools), given(request.instructions), *items],
         look=look_responses,
         ids=BodyIds(
             metadata=request.metadata,
@@ -136,6 +137,12 @@ def _call_of(item: Any) -> ToolCall | None:
     return ToolCall.of(as_str(item.get("call_id")), name, as_str(arguments))
 
 
+_TEACHING = tuple(
+    b"event: response.%b\n" % name
+    for name in (b"created", b"output_item.done", b"completed", b"incomplete", b"failed")
+)
+
+
 class ResponsesStream(SseObserver):
     """Observes the responses event sequence; a call is whole at ``response.output_item.done``."""
 
@@ -144,11 +151,7 @@ class ResponsesStream(SseObserver):
         self.outcome = TurnOutcome()
 
     def skippable(self, event: bytes) -> bool:
-        return (
-            b".delta" in event
-            or b'"response.content_part' in event
-            or b'"response.output_item.added"' in event
-        ) and b'"response.output_item.done"' not in event
+        return event.startswith(b"event: response.") and not event.startswith(_TEACHING)
 
     def event(self, data: dict[str, Any]) -> None:
         outcome = self.outcome
@@ -157,13 +160,13 @@ class ResponsesStream(SseObserver):
                 outcome.response_id = as_str((data.get("response") or {}).get("id")) or None
             case "response.output_item.done":
                 if call := _call_of(data.get("item")):
-                    outcome.tool_calls.append(call)
+                    outcome.add_call(call)
             case "response.completed" | "response.incomplete" | "response.failed":
                 response = data.get("response") or {}
                 outcome.response_id = outcome.response_id or as_str(response.get("id")) or None
                 outcome.stop_reason = as_str(response.get("status")) or "completed"
                 outcome.usage = usage_of(response.get("usage"))
-                outcome.error = data.get("type") == "response.failed"
+                outcome.error = outcome.error or data.get("type") == "response.failed"
             case "error":
                 outcome.error = True
 
@@ -183,4 +186,4 @@ class ResponsesJson(JsonObserver):
         outcome.usage = usage_of(data.get("usage"))
         for item in data.get("output") or ():
             if call := _call_of(item):
-                outcome.tool_calls.append(call)
+                outcome.add_call(call)

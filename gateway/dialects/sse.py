@@ -14,12 +14,14 @@ class SseObserver:
     """Base of the stream observers: cuts a stream into events and hands over those that matter.
 
     Most events of a stream carry a few characters of text and nothing to learn. `skippable` tells
-    them by substring, without parsing, for a chunk that holds exactly one event; that is what makes
-    watching a stream cost about a microsecond a chunk.
+    them by substring, without parsing; and a chunk that holds exactly one event, as most do, is not
+    even cut. That is what makes watching a stream cost about a microsecond a chunk.
     """
 
     def __init__(self) -> None:
-        self._tail = b""
+        self._parts: list[bytes] = []
+        """The event that is still coming, cut as it came."""
+        self._size = 0
         self._overlong = False
 
     def skippable(self, event: bytes) -> bool:
@@ -31,36 +33,46 @@ class SseObserver:
         raise NotImplementedError
 
     def feed(self, chunk: bytes) -> None:
-        if not self._tail and chunk.endswith(b"\n\n") and b"\r" not in chunk:
+        if not self._parts and chunk.endswith(b"\n\n") and b"\r" not in chunk:
             if chunk.find(b"\n\n") == len(chunk) - 2:
-                if not self.skippable(chunk):
-                    self._parse(chunk)
-                return
-            events = chunk.split(b"\n\n")
-        else:
-            buffer = self._tail + chunk
-            if b"\r" in buffer:
-                # A lone "\r" at the end may be half of "\r\n": it waits for the next chunk.
-                held = buffer.endswith(b"\r")
-                buffer = buffer[: len(buffer) - held].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-                if held:
-                    buffer += b"\r"
-            events = buffer.split(b"\n\n")
-            self._tail = events.pop()
-            if len(self._tail) > MAX_EVENT_BYTES:
-                self._tail, self._overlong = b"", True
-            if self._overlong and events:
-                events.pop(0)
-                self._overlong = False
-        for event in events:
-            if event and not self.skippable(event):
-                self._parse(event)
+                self._take(chunk)
+            else:
+                for event in chunk.split(b"\n\n"):
+                    self._take(event)
+            return
+        self._parts.append(chunk)
+        self._size += len(chunk)
+        if b"\n" in chunk or b"\r" in chunk:
+            self._cut()
+        if self._size > MAX_EVENT_BYTES + 2:
+            # Its last two bytes may be the beginning of its end.
+            end = b"".join(self._parts)[-2:]
+            self._parts, self._size, self._overlong = [end], 2, True
 
     def finish(self) -> None:
         """A stream may end without the last blank line."""
-        tail, self._tail = self._tail, b""
-        if tail and not self._overlong and not self.skippable(tail):
-            self._parse(tail)
+        self.feed(b"\n\n")
+
+    def _cut(self) -> None:
+        """Take the whole events out of the parts; what is left waits for more."""
+        buffer = b"".join(self._parts)
+        if b"\r" in buffer:
+            # A "\r" at the end may be half of "\r\n": it waits too.
+            held = buffer.endswith(b"\r")
+            lines = buffer[: len(buffer) - held].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            buffer = lines + b"\r" if held else lines
+        *events, rest = buffer.split(b"\n\n")
+        if events and self._overlong:
+            del events[0]
+            self._overlong = False
+        for event in events:
+            self._take(event)
+        self._parts = [rest] if rest else []
+        self._size = len(rest)
+
+    def _take(self, event: bytes) -> None:
+        if event and len(event) <= MAX_EVENT_BYTES and not self.skippable(event):
+            self._parse(event)
 
     def _parse(self, event: bytes) -> None:
         lines = [line[5:] for line in event.split(b"\n") if line.startswith(b"data:")]
@@ -74,7 +86,10 @@ class SseObserver:
         except orjson.JSONDecodeError:
             return
         if isinstance(value, dict):
-            self.event(value)
+            try:
+                self.event(value)
+            except (AttributeError, TypeError, ValueError):
+                return  # an event of another shape teaches nothing
 
 
 class JsonObserver:
@@ -107,4 +122,7 @@ class JsonObserver:
         except orjson.JSONDecodeError:
             return
         if isinstance(value, dict):
-            self.body(value)
+            try:
+                self.body(value)
+            except (AttributeError, TypeError, ValueError):
+                return  # an answer of another shape teaches nothing more

@@ -22,6 +22,9 @@ EMPTY = msgspec.Raw(b"")
 MAX_ARGUMENT_CHARS = 65_536
 """Characters of a tool call's arguments that are kept; the rest is counted, not stored."""
 
+MAX_CALLS = 256
+"""Tool calls of one response that are kept."""
+
 HEAD_CHARS = 2_000
 """Characters of a message's text that are looked at to classify it."""
 
@@ -42,6 +45,24 @@ class ToolCall:
     @classmethod
     def of(cls, call_id: str, name: str, arguments: str) -> ToolCall:
         return cls(call_id, name, arguments[:MAX_ARGUMENT_CHARS], len(arguments))
+
+
+@dataclass(slots=True)
+class CallDraft:
+    """A tool call whose arguments come in pieces."""
+
+    id: str
+    name: str
+    pieces: list[str] = field(default_factory=list)
+    chars: int = 0
+
+    def add(self, piece: str) -> None:
+        if piece and self.chars < MAX_ARGUMENT_CHARS:
+            self.pieces.append(piece)
+        self.chars += len(piece)
+
+    def call(self) -> ToolCall:
+        return ToolCall(self.id, self.name, "".join(self.pieces)[:MAX_ARGUMENT_CHARS], self.chars)
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,6 +94,10 @@ class TurnOutcome:
     """The pod's own word (``tool_calls``, ``end_turn``, ``length`` …), None if it never came."""
     usage: Usage | None = None
     error: bool = False
+
+    def add_call(self, call: ToolCall) -> None:
+        if len(self.tool_calls) < MAX_CALLS:
+            self.tool_calls.append(call)
 
 
 @dataclass(slots=True, frozen=True)
@@ -120,7 +145,7 @@ class TurnRequest:
 
     @property
     def has_tools(self) -> bool:
-        return len(self.segments[0]) > 2  # "[]" and nothing are both no tools
+        return len(self.segments[0]) > 0
 
     def item(self, index: int) -> Item:
         """The segment at ``index``, parsed once. Never raises: what cannot be read is ``other``."""
@@ -147,6 +172,13 @@ class Observer(Protocol):
 
     def feed(self, chunk: bytes) -> None: ...
     def finish(self) -> None: ...
+
+
+def given(raw: msgspec.Raw) -> msgspec.Raw:
+    """A field's value; `EMPTY` for null, an empty list and an empty string, which all say that
+    there is none."""
+    nothing = len(raw) < 64 and bytes(raw).strip(b'[]" \t\r\n') in (b"", b"null")
+    return EMPTY if nothing else raw
 
 
 def dumps(value: Any) -> bytes:

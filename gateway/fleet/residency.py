@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 MAX_HEADS = 4096
+MAX_CHAINS = 65_536
 
 
 class Residency:
@@ -81,6 +82,8 @@ class Residency:
         self.total_tokens = 0
 
     def _trim(self) -> None:
+        while len(self._tokens) > MAX_CHAINS:
+            self.drop(next(iter(self._tokens)))
         if self.capacity_tokens is None:
             return
         room_tokens = int(self.capacity_tokens * self.usable_share)
