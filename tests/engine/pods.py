@@ -39,7 +39,7 @@ def running(model: Path, count: int, extra_flags: Sequence[str] = ()) -> Iterato
     try:
         for number in range(count):
             log = model.parent / f"pod-{number}.log"
-            pods.append(_spawn(model, log, extra_flags))  # noqa: PERF401 (kept if the next fails)
+            pods.append(_spawn(model, log, extra_flags))
         deadline = time.monotonic() + START_TIMEOUT_S
         for pod in pods:
             _wait_until_ready(pod, deadline)
