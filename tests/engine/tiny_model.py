@@ -27,6 +27,7 @@ TOOL_TOKENS = ("<tool_call>", "</tool_call>")
 # Any token of the left side is followed by one of the right side, as far as a grammar allows.
 TRANSITIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("<|call|>",), ("<tool_call>",)),
+    (("}", "}}", "}}}", '"}', '"}}', '"}}}'), ("</tool_call>", "}")),
     (("</tool_call>",), ("<|im_end|>",)),
     ((":", '":'), ('Ġ"',)),
     (('Ġ"',), ("ls",)),
@@ -159,16 +160,18 @@ def _write_weights(directory: Path, vocab: dict[str, int], seed: int) -> None:
     head_size = HIDDEN // HEADS
     embedding = normal(len(vocab), HIDDEN)
     output = normal(len(vocab), HIDDEN, scale=0.05)
+    # Noise never enters a transition, or gibberish would end.
+    scripted = {token for rule in TRANSITIONS for side in rule for token in side}
     for token, index in vocab.items():
         # "Ġ" is how byte-level BPE writes a leading space.
-        unwanted = token in (*SPECIAL_TOKENS, *TOOL_TOKENS, *ANSWER)
-        if unwanted or not token.removeprefix("Ġ").isascii():
+        readable = token.removeprefix("Ġ").isascii()
+        if token in scripted or token in SPECIAL_TOKENS or not readable:
             output[index] = 0.0
     directions = torch.linalg.qr(normal(HIDDEN, HIDDEN)).Q * HIDDEN**0.5
     for direction, (tokens, followers) in zip(directions, TRANSITIONS, strict=False):
         # An embedding so long that the layers hardly turn it, and an output row along it: far
         # from this context the row is shorter than the noise.
-        embedding[[vocab[token] for token in tokens]] = 3000 * direction
+        embedding[[vocab[token] for token in tokens if token in vocab]] = 3000 * direction
         output[[vocab[token] for token in followers]] += GAIN * direction
         if tokens == ("</tool_call>",):
             output[vocab["<tool_call>"]] += SECOND_CALL_GAIN * direction
