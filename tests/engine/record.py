@@ -4,6 +4,7 @@ Each request is sent twice and the second answer is kept, so that cached tokens 
 """
 
 import asyncio
+import contextlib
 import importlib.metadata
 import re
 import tempfile
@@ -122,11 +123,14 @@ def record(pod: VllmPod, out: Path) -> None:
 
 
 def save_parallel(client: httpx.Client, path: str, body: dict[str, Any], file: Path) -> None:
-    """Sample hot until the model happens to call two tools in one turn."""
-    for _ in range(500):
-        answer = client.post(path, json=body | {"stream": True, "temperature": 40, "top_k": 2})
+    """Sample until the model happens to call two tools in one turn."""
+    cut_short = '"finish_reason":"length"', '"stop_reason":"max_tokens"', '"status":"incomplete"'
+    limit = "max_output_tokens" if "responses" in path else "max_tokens"
+    for _ in range(200):
+        answer = client.post(path, json=body | {"stream": True, "temperature": 1, limit: 256})
+        answer.raise_for_status()
         calls = set(re.findall(r"chatcmpl-tool-\w+", answer.text))
-        if len(calls) == 2 and b"length" not in answer.content:
+        if len(calls) == 2 and not any(sign in answer.text for sign in cut_short):
             file.write_bytes(answer.content)
             return
     raise SystemExit(f"{file.name}: never two calls")
@@ -145,10 +149,13 @@ async def record_shutdown(pod: VllmPod, out: Path) -> None:
             {"model": MODEL, "stream": True, "input": "Talk at length", "temperature": 0},
         ),
     }
-    async with httpx.AsyncClient(base_url=pod.url, timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=pod.url, timeout=20, trust_env=False) as client:
 
         async def read(name: str, path: str, body: dict[str, Any], begun: asyncio.Event) -> None:
-            with (out / f"{name}-sigterm.sse").open("wb") as file:
+            with (
+                (out / f"{name}-sigterm.sse").open("wb") as file,
+                contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadTimeout),
+            ):
                 async with client.stream("POST", path, json=body) as response:
                     async for chunk in response.aiter_raw():
                         file.write(chunk)

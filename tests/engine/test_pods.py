@@ -22,7 +22,13 @@ SCHEMA = {
 OPENAI_TOOL = {"type": "function", "function": {"name": "bash", "parameters": SCHEMA}}
 RESPONSES_TOOL = {"type": "function", "name": "bash", "parameters": SCHEMA}
 ANTHROPIC_TOOL = {"name": "bash", "input_schema": SCHEMA}
-ARGUMENTS = {"command": "ls", "timeout": 3}
+
+
+def fits_schema(arguments: dict[str, Any]) -> bool:
+    """A free string is "ls"; which number the model takes is noise."""
+    return arguments == {"command": "ls", "timeout": arguments["timeout"]} and isinstance(
+        arguments["timeout"], int
+    )
 
 
 @pytest.fixture
@@ -57,7 +63,8 @@ async def test_probe_finds_both_pods_ready_with_their_version_model_and_load(
             assert result.capabilities.session_id
             assert not result.capabilities.kv_hints
             assert not result.capabilities.embedded
-            assert await probe(client, pod.url, None, timeout_s=10, known=result)
+            again = await probe(client, pod.url, None, timeout_s=10, known=result)
+            assert again.capabilities == result.capabilities
 
 
 async def test_metrics_give_load_and_capacity_with_nothing_missing(pod: VllmPod) -> None:
@@ -88,7 +95,7 @@ async def test_an_agents_turns_call_tools_then_answer_and_hit_the_prefix_cache(
         if choice["finish_reason"] != "tool_calls":
             break
         (call,) = choice["message"]["tool_calls"]
-        assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+        assert fits_schema(json.loads(call["function"]["arguments"]))
         messages += [
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": call["id"], "content": "nothing here"},
@@ -130,11 +137,11 @@ async def test_every_dialect_calls_the_tool(pod: VllmPod) -> None:
     question = [{"role": "user", "content": "Run it."}]
     chat = await post(pod, "/v1/chat/completions", {"messages": question, "tools": [OPENAI_TOOL]})
     (call,) = chat["choices"][0]["message"]["tool_calls"]
-    assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+    assert fits_schema(json.loads(call["function"]["arguments"]))
 
     responses = await post(pod, "/v1/responses", {"input": question, "tools": [RESPONSES_TOOL]})
     (item,) = [item for item in responses["output"] if item["type"] == "function_call"]
-    assert json.loads(item["arguments"]) == ARGUMENTS
+    assert fits_schema(json.loads(item["arguments"]))
 
     messages = await post(
         pod,
@@ -142,7 +149,7 @@ async def test_every_dialect_calls_the_tool(pod: VllmPod) -> None:
         {"messages": question, "tools": [ANTHROPIC_TOOL], "max_tokens": 200},
     )
     (block,) = [block for block in messages["content"] if block["type"] == "tool_use"]
-    assert block["input"] == ARGUMENTS
+    assert fits_schema(block["input"])
     assert messages["stop_reason"] == "tool_use"
 
 
