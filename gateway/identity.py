@@ -17,7 +17,7 @@ import msgspec
 import orjson
 import xxhash
 
-from gateway.dialects.turn import TurnRequest
+from gateway.dialects.turn import TurnRequest, loads
 
 RequestClass = Literal["main", "subagent", "compaction", "auxiliary"]
 Headers = Mapping[bytes, bytes]
@@ -125,16 +125,16 @@ def named_by_body(request: TurnRequest) -> Named | None:
     return None
 
 
-def _loaded(raw: msgspec.Raw | None) -> Any:
-    if raw is None or len(raw) > 65_536:
+def _loaded(raw: msgspec.Raw) -> Any:
+    if not 0 < len(raw) <= 65_536:
         return None
     try:
-        return orjson.loads(raw)
+        return loads(raw)
     except orjson.JSONDecodeError:
         return None
 
 
-def _object(raw: msgspec.Raw | None) -> dict[str, Any]:
+def _object(raw: msgspec.Raw) -> dict[str, Any]:
     value = _loaded(raw)
     return value if isinstance(value, dict) else {}
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import orjson
 
 from gateway.dialects.sse import JsonObserver, SseObserver
 from gateway.dialects.turn import (
@@ -27,6 +26,7 @@ from gateway.dialects.turn import (
     given,
     head_of,
     human_head_of,
+    loads,
     text_blocks,
 )
 
@@ -39,12 +39,12 @@ class ChatBody(msgspec.Struct):
     stream: bool | None = False
     tools: msgspec.Raw = EMPTY
     functions: msgspec.Raw = EMPTY
-    metadata: msgspec.Raw | None = None
-    conversation: msgspec.Raw | None = None
-    client_metadata: msgspec.Raw | None = None
-    agent_hint: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    conversation: msgspec.Raw = EMPTY
+    client_metadata: msgspec.Raw = EMPTY
+    agent_hint: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
 
 
 _decode_chat = msgspec.json.Decoder(ChatBody).decode
@@ -83,14 +83,14 @@ _ROLES: dict[str, Role] = {
 
 def look_tools(raw: msgspec.Raw) -> Item:
     """The tools segment, in any dialect: a list of tools, order kept."""
-    return Item(dumps(text_blocks(orjson.loads(raw))) if len(raw) else b"", "other")
+    return Item(dumps(text_blocks(loads(raw))) if len(raw) else b"", "other")
 
 
 def look_chat(index: int, raw: msgspec.Raw) -> Item:
     """A segment of a chat request."""
     if index < 2:
         return look_tools(raw)
-    message = orjson.loads(raw)
+    message = loads(raw)
     message.pop("cache_control", None)
     role = _ROLES.get(as_str(message.get("role")), "other")
     content = message.get("content")
@@ -214,8 +214,8 @@ class CompletionBody(msgspec.Struct):
     model: str
     prompt: msgspec.Raw = EMPTY
     stream: bool | None = False
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
 
 
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode

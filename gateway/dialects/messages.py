@@ -27,6 +27,7 @@ from gateway.dialects.turn import (
     given,
     head_of,
     human_head_of,
+    loads,
     text_blocks,
 )
 
@@ -43,9 +44,9 @@ class MessagesBody(msgspec.Struct):
     stream: bool | None = False
     system: msgspec.Raw = EMPTY
     tools: msgspec.Raw = EMPTY
-    metadata: msgspec.Raw | None = None
-    output_config: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    output_config: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
 
 
 _decode = msgspec.json.Decoder(MessagesBody).decode
@@ -65,11 +66,11 @@ def parse_messages(body: bytes) -> TurnRequest:
     )
 
 
-def _asks_only_title(output_config: msgspec.Raw | None) -> bool:
-    if output_config is None or b'"json_schema"' not in bytes(output_config):
+def _asks_only_title(output_config: msgspec.Raw) -> bool:
+    if b'"json_schema"' not in bytes(output_config):
         return False
     try:
-        properties = orjson.loads(output_config)["format"]["schema"]["properties"]
+        properties = loads(output_config)["format"]["schema"]["properties"]
         return list(properties) == ["title"]
     except (KeyError, TypeError, orjson.JSONDecodeError):
         return False
@@ -84,7 +85,7 @@ def look_messages(index: int, raw: msgspec.Raw) -> Item:
         return look_tools(raw)
     if index == 1:
         return _look_system(raw)
-    message = orjson.loads(raw)
+    message = loads(raw)
     role = _ROLES.get(as_str(message.get("role")), "other")
     blocks = text_blocks(message.get("content"))
     for block in blocks:
@@ -125,7 +126,7 @@ def _look_system(raw: msgspec.Raw) -> Item:
         return Item(b"", "system")
     blocks = [
         block
-        for block in text_blocks(orjson.loads(raw))
+        for block in text_blocks(loads(raw))
         if not (isinstance(block, dict) and as_str(block.get("text")).startswith(ATTRIBUTION))
     ]
     return Item(dumps(blocks) if blocks else b"", "system", text=head_of(blocks))
@@ -208,7 +209,7 @@ class MessagesJson(JsonObserver):
 
     def body(self, data: dict[str, Any]) -> None:
         outcome = self.outcome
-        outcome.error = data.get("type") == "error"
+        outcome.error = data.get("error") is not None
         outcome.response_id = as_str(data.get("id")) or None
         outcome.stop_reason = as_str(data.get("stop_reason")) or None
         outcome.usage = merge_usage(None, data.get("usage"))

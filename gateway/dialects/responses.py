@@ -25,6 +25,7 @@ from gateway.dialects.turn import (
     given,
     head_of,
     human_head_of,
+    loads,
     text_blocks,
 )
 
@@ -37,12 +38,12 @@ class ResponsesBody(msgspec.Struct):
     stream: bool | None = False
     instructions: msgspec.Raw = EMPTY
     tools: msgspec.Raw = EMPTY
-    metadata: msgspec.Raw | None = None
-    conversation: msgspec.Raw | None = None
-    client_metadata: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
-    previous_response_id: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    conversation: msgspec.Raw = EMPTY
+    client_metadata: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
+    previous_response_id: msgspec.Raw = EMPTY
 
 
 _decode = msgspec.json.Decoder(ResponsesBody).decode
@@ -87,9 +88,9 @@ def look_responses(index: int, raw: msgspec.Raw) -> Item:
     if index == 0:
         return look_tools(raw)
     if index == 1:
-        text = orjson.loads(raw) if len(raw) else None
+        text = loads(raw) if len(raw) else None
         return Item(dumps(text) if text else b"", "system", text=head_of(text))
-    item = orjson.loads(raw)
+    item = loads(raw)
     item.pop("id", None)
     item.pop("status", None)
     kind = as_str(item.get("type")) or "message"

@@ -17,6 +17,8 @@ import orjson
 Wire = Literal["chat", "completions", "responses", "messages"]
 Role = Literal["system", "user", "assistant", "tool", "other"]
 
+EMPTY = msgspec.Raw(b"")
+
 MAX_ARGUMENT_CHARS = 65_536
 """Characters of a tool call's arguments that are kept; the rest is counted, not stored."""
 
@@ -114,17 +116,16 @@ class Item:
     """The first `HEAD_CHARS` of a person's (or the client's) text in it."""
 
 
-@dataclass(slots=True)
-class BodyIds:
+class BodyIds(msgspec.Struct):
     """Fields of the body that may name the session; every value is untrusted and may be odd."""
 
-    metadata: msgspec.Raw | None = None
-    conversation: msgspec.Raw | None = None
-    client_metadata: msgspec.Raw | None = None
-    agent_hint: msgspec.Raw | None = None
-    session_id: msgspec.Raw | None = None
-    prompt_cache_key: msgspec.Raw | None = None
-    previous_response_id: msgspec.Raw | None = None
+    metadata: msgspec.Raw = EMPTY
+    conversation: msgspec.Raw = EMPTY
+    client_metadata: msgspec.Raw = EMPTY
+    agent_hint: msgspec.Raw = EMPTY
+    session_id: msgspec.Raw = EMPTY
+    prompt_cache_key: msgspec.Raw = EMPTY
+    previous_response_id: msgspec.Raw = EMPTY
 
 
 @dataclass(slots=True)
@@ -173,14 +174,16 @@ class Observer(Protocol):
     def finish(self) -> None: ...
 
 
-EMPTY = msgspec.Raw(b"")
-
-
 def given(raw: msgspec.Raw) -> msgspec.Raw:
     """A field's value; `EMPTY` for null, an empty list and an empty string, which all say that
     there is none."""
     nothing = len(raw) < 64 and bytes(raw).strip(b'[]" \t\r\n') in (b"", b"null")
     return EMPTY if nothing else raw
+
+
+def loads(raw: msgspec.Raw) -> Any:
+    """A slice's value. Raises `orjson.JSONDecodeError`."""
+    return orjson.loads(memoryview(raw))  # which takes no msgspec.Raw
 
 
 def dumps(value: Any) -> bytes:

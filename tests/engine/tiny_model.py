@@ -75,7 +75,7 @@ CORPUS = (
     'The tool bash runs a command: {"name": "bash", "arguments": {"command": "ls -la src"}}',
     'def test_reads_a_file(path: Path) -> None: assert path.read_text() == "hello"',
     "Done, the tests pass. I changed the parser so that an empty line ends the block.",
-    "The tests fail: the command ls prints \"ls\": \"ls\", Done.",
+    'The tests fail: the command ls prints "ls": "ls", Done.',
     '{"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}',
 )
 
