@@ -17,7 +17,7 @@ import msgspec
 import orjson
 import xxhash
 
-from gateway.dialects.turn import TurnRequest
+from gateway.dialects.turn import TurnRequest, loads
 
 RequestClass = Literal["main", "subagent", "compaction", "auxiliary"]
 Headers = Mapping[bytes, bytes]
@@ -129,7 +129,7 @@ def _loaded(raw: msgspec.Raw) -> Any:
     if not 0 < len(raw) <= 65_536:
         return None
     try:
-        return orjson.loads(bytes(raw))
+        return loads(raw)
     except orjson.JSONDecodeError:
         return None
 

@@ -297,7 +297,7 @@ class SessionStore:
         """The session that was issued the newest tool-call id found in the request, or whose
         response it continues."""
         previous = request.ids.previous_response_id
-        if len(previous):
+        if 0 < len(previous) <= 2 * MAX_ID_CHARS:
             response_id = bytes(previous).decode(errors="replace").strip('"')
             if (owner := self.of_response(scope, response_id)) is not None:
                 return owner

@@ -71,7 +71,7 @@ def parse(dialect: Dialect, body: bytes) -> TurnRequest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         model, stream = read_model(body)
         return TurnRequest(
-            dialect.wire, model, stream, [EMPTY, EMPTY], lambda _, raw: Item(raw, "other")
+            dialect.wire, model, stream, [EMPTY, EMPTY], lambda _, raw: Item(bytes(raw), "other")
         )
 
 

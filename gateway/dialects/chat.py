@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import orjson
 
 from gateway.dialects.sse import JsonObserver, SseObserver
 from gateway.dialects.turn import (
@@ -27,6 +26,7 @@ from gateway.dialects.turn import (
     given,
     head_of,
     human_head_of,
+    loads,
     text_blocks,
 )
 
@@ -81,16 +81,16 @@ _ROLES: dict[str, Role] = {
 }
 
 
-def look_tools(raw: bytes) -> Item:
+def look_tools(raw: msgspec.Raw) -> Item:
     """The tools segment, in any dialect: a list of tools, order kept."""
-    return Item(dumps(text_blocks(orjson.loads(raw))) if len(raw) else b"", "other")
+    return Item(dumps(text_blocks(loads(raw))) if len(raw) else b"", "other")
 
 
-def look_chat(index: int, raw: bytes) -> Item:
+def look_chat(index: int, raw: msgspec.Raw) -> Item:
     """A segment of a chat request."""
     if index < 2:
         return look_tools(raw)
-    message = orjson.loads(raw)
+    message = loads(raw)
     message.pop("cache_control", None)
     role = _ROLES.get(as_str(message.get("role")), "other")
     content = message.get("content")

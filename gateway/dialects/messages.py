@@ -27,6 +27,7 @@ from gateway.dialects.turn import (
     given,
     head_of,
     human_head_of,
+    loads,
     text_blocks,
 )
 
@@ -61,15 +62,15 @@ def parse_messages(body: bytes) -> TurnRequest:
         segments=[given(message.tools), given(message.system), *message.messages],
         look=look_messages,
         ids=BodyIds(metadata=message.metadata, session_id=message.session_id),
-        title_format=_asks_only_title(bytes(message.output_config)),
+        title_format=_asks_only_title(message.output_config),
     )
 
 
-def _asks_only_title(output_config: bytes) -> bool:
-    if b'"json_schema"' not in output_config:
+def _asks_only_title(output_config: msgspec.Raw) -> bool:
+    if b'"json_schema"' not in bytes(output_config):
         return False
     try:
-        properties = orjson.loads(output_config)["format"]["schema"]["properties"]
+        properties = loads(output_config)["format"]["schema"]["properties"]
         return list(properties) == ["title"]
     except (KeyError, TypeError, orjson.JSONDecodeError):
         return False
@@ -78,13 +79,13 @@ def _asks_only_title(output_config: bytes) -> bool:
 _ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
 
 
-def look_messages(index: int, raw: bytes) -> Item:
+def look_messages(index: int, raw: msgspec.Raw) -> Item:
     """A segment of a messages request."""
     if index == 0:
         return look_tools(raw)
     if index == 1:
         return _look_system(raw)
-    message = orjson.loads(raw)
+    message = loads(raw)
     role = _ROLES.get(as_str(message.get("role")), "other")
     blocks = text_blocks(message.get("content"))
     for block in blocks:
@@ -120,12 +121,12 @@ def look_messages(index: int, raw: bytes) -> Item:
     return Item(dumps(message), role, call_ids, results, text)
 
 
-def _look_system(raw: bytes) -> Item:
+def _look_system(raw: msgspec.Raw) -> Item:
     if not len(raw):
         return Item(b"", "system")
     blocks = [
         block
-        for block in text_blocks(orjson.loads(raw))
+        for block in text_blocks(loads(raw))
         if not (isinstance(block, dict) and as_str(block.get("text")).startswith(ATTRIBUTION))
     ]
     return Item(dumps(blocks) if blocks else b"", "system", text=head_of(blocks))
@@ -208,7 +209,7 @@ class MessagesJson(JsonObserver):
 
     def body(self, data: dict[str, Any]) -> None:
         outcome = self.outcome
-        outcome.error = data.get("type") == "error"
+        outcome.error = data.get("error") is not None
         outcome.response_id = as_str(data.get("id")) or None
         outcome.stop_reason = as_str(data.get("stop_reason")) or None
         outcome.usage = merge_usage(None, data.get("usage"))

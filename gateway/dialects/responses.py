@@ -25,6 +25,7 @@ from gateway.dialects.turn import (
     given,
     head_of,
     human_head_of,
+    loads,
     text_blocks,
 )
 
@@ -82,14 +83,14 @@ _ROLES: dict[str, Role] = {
 _CALLS = frozenset({"function_call", "custom_tool_call", "local_shell_call", "mcp_call"})
 
 
-def look_responses(index: int, raw: bytes) -> Item:
+def look_responses(index: int, raw: msgspec.Raw) -> Item:
     """A segment of a responses request."""
     if index == 0:
         return look_tools(raw)
     if index == 1:
-        text = orjson.loads(raw) if len(raw) else None
+        text = loads(raw) if len(raw) else None
         return Item(dumps(text) if text else b"", "system", text=head_of(text))
-    item = orjson.loads(raw)
+    item = loads(raw)
     item.pop("id", None)
     item.pop("status", None)
     kind = as_str(item.get("type")) or "message"

@@ -137,7 +137,7 @@ class TurnRequest:
     model: str
     stream: bool
     segments: list[msgspec.Raw]
-    look: Callable[[int, bytes], Item]
+    look: Callable[[int, msgspec.Raw], Item]
     ids: BodyIds = field(default_factory=BodyIds)
     title_format: bool = False
     """The client asked for a JSON object that holds only a title."""
@@ -151,11 +151,11 @@ class TurnRequest:
         """The segment at ``index``, parsed once. Never raises: what cannot be read is ``other``."""
         found = self._items.get(index)
         if found is None:
-            raw = bytes(self.segments[index])
+            raw = self.segments[index]
             try:
                 found = self.look(index, raw)
             except Exception:
-                found = Item(raw, "other")
+                found = Item(bytes(raw), "other")
             self._items[index] = found
         return found
 
@@ -179,6 +179,11 @@ def given(raw: msgspec.Raw) -> msgspec.Raw:
     there is none."""
     nothing = len(raw) < 64 and bytes(raw).strip(b'[]" \t\r\n') in (b"", b"null")
     return EMPTY if nothing else raw
+
+
+def loads(raw: msgspec.Raw) -> Any:
+    """A slice's value. Raises `orjson.JSONDecodeError`."""
+    return orjson.loads(memoryview(raw))  # which takes no msgspec.Raw
 
 
 def dumps(value: Any) -> bytes:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.engine import tiny_model
 from tests.engine.pods import BLOCK_SIZE_TOKENS, MODEL, VllmPod
-from tests.engine.test_pods import ANTHROPIC_TOOL, ARGUMENTS, OPENAI_TOOL, RESPONSES_TOOL
+from tests.engine.test_pods import ANTHROPIC_TOOL, OPENAI_TOOL, RESPONSES_TOOL, fits_schema
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -122,7 +122,7 @@ def test_chat_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str, stream:
             prompts.append(usage.prompt_tokens)
             if not calls:
                 break
-            assert json.loads(calls[0]["arguments"]) == ARGUMENTS
+            assert fits_schema(json.loads(calls[0]["arguments"]))
             time.sleep(0.25)
             messages += [
                 {
@@ -166,7 +166,7 @@ def test_anthropic_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) ->
             calls = [block for block in answer.content if block.type == "tool_use"]
             if not calls:
                 break
-            assert calls[0].input == ARGUMENTS
+            assert fits_schema(calls[0].input)
             time.sleep(0.25)
             messages += [
                 {"role": "assistant", "content": [block.to_dict() for block in answer.content]},
