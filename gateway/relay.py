@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from gateway.config import RelaySettings
@@ -85,7 +86,7 @@ class BrokenOffError(Exception):
     """The pod failed in the middle of its answer."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _url(base: str, path: str, query: str) -> URL:
     return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
 
@@ -128,9 +129,9 @@ class Relay:
         self, pod: Pod, headers: HeaderList, session_id: str | None
     ) -> list[tuple[str, str]]:
         """The client's headers as the pod gets them."""
-        drop = self._not_sent_on
+        drop = self._not_sent_on | nominated(headers)
         sent = [
-            (name.decode("latin-1"), value.decode("latin-1"))
+            (name.decode("latin-1"), value.decode(errors="replace"))
             for name, value in headers
             if name not in drop
         ]
@@ -216,15 +217,18 @@ class Answer:
             protocol = response.connection.protocol
             if protocol is not None:
                 protocol.read_timeout = idle_timeout_s
+                protocol.start_timeout()
 
     async def pass_on(
         self, send: Send, observer: Callable[[bytes], None], extra: Sequence[tuple[bytes, bytes]]
     ) -> None:
         """Give the client the answer. ``observer`` sees a copy of each chunk. Raises
         `BrokenOffError` if the pod fails on the way; the client then has only whole events."""
-        headers = [
-            (n, v) for n, v in self._response.raw_headers if n.lower() not in NOT_PASSED_BACK
-        ]
+        raw_headers = self._response.raw_headers
+        drop = NOT_PASSED_BACK | nominated(raw_headers)
+        if self.event_stream:
+            drop |= {b"content-length"}  # an error event may have to follow
+        headers = [(n, v) for n, v in raw_headers if n.lower() not in drop]
         headers.extend(extra)
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         chunk = self._first
@@ -245,7 +249,7 @@ class Answer:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 observer(chunk)
                 chunk = await read()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})
 
@@ -256,6 +260,16 @@ class Answer:
             self._response.release()
         else:
             self._response.close()
+
+
+def nominated(headers: HeaderList) -> frozenset[bytes]:
+    """Names of the headers that ``Connection`` declares to be of this connection alone."""
+    return frozenset(
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+    )
 
 
 def whole_events(data: bytes) -> tuple[bytes, bytes]:
