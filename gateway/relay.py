@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any
 
 import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from gateway.config import RelaySettings
@@ -153,7 +152,7 @@ class Relay:
         """Send a request and wait for the first byte of the answer. Raises `PodError`."""
         assert self._client is not None
         data = io.BytesIO(body) if body is not None and len(body) > 1 << 20 else body
-        response: aiohttp.ClientResponse | None = None
+        answer: Answer | None = None
         try:
             response = await self._client.request(
                 method,
@@ -165,8 +164,8 @@ class Relay:
             answer = Answer(response)
             await answer.begin(self.settings.idle_timeout_s)
         except BaseException as error:
-            if response is not None:
-                response.close()
+            if answer is not None:
+                answer.close()
             if isinstance(error, Exception):
                 raise _pod_error(error) from error
             raise
@@ -196,6 +195,19 @@ class Answer:
         self.event_stream = response.content_type == "text/event-stream"
         self.whole = False
         self._first = b""
+        # A chunk that is not framed as one makes aiohttp close the connection without telling the
+        # reader of the body, who would wait for ever.
+        connection = response.connection
+        protocol = connection.protocol if connection is not None else None
+        self._lost = protocol.closed if protocol is not None else None
+        if self._lost is not None:
+            self._lost.add_done_callback(self._connection_lost)
+
+    def _connection_lost(self, lost: asyncio.Future[None]) -> None:
+        lost.exception()
+        content = self._response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection broke"))
 
     async def begin(self, idle_timeout_s: float) -> None:
         """Wait for the first chunk, or for all of an answer that is handed on whole."""
@@ -249,13 +261,15 @@ class Answer:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 observer(chunk)
                 chunk = await read()
-        except (aiohttp.ClientError, HttpProcessingError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})
 
     def close(self) -> None:
         """Give the connection back if the answer was read to its end, else cut it: the pod then
         aborts the request."""
+        if self._lost is not None:
+            self._lost.remove_done_callback(self._connection_lost)
         if self._response.content.is_eof() and self._response.content.at_eof():
             self._response.release()
         else:

@@ -377,12 +377,22 @@ async def test_pods_that_all_die_within_a_whole_answer_are_a_clean_502(wire: str
         assert gateway.settled()
 
 
-async def test_a_pod_that_answers_no_http_is_a_502() -> None:
-    async def garbage(exchange: Exchange) -> None:
-        exchange.write(b"\x00\x01\x02 what?\r\n\r\n")
-        exchange.writer.close()
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\x01\x02 what?\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        b"zz\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
+    ],
+)
+async def test_a_pod_that_answers_no_http_is_a_502(garbage: bytes) -> None:
+    async def answer(exchange: Exchange) -> None:
+        exchange.write(garbage)
+        await exchange.gone.wait()
 
-    async with Pod(garbage) as pod, gateway_over(pod) as gateway:
+    async with Pod(answer) as pod, gateway_over(pod) as gateway:
         assert (await gateway.post("chat")).status == 502
         assert gateway.settled()
 
@@ -481,7 +491,6 @@ def _close(exchange: Exchange) -> None:
 
 def _break_framing(exchange: Exchange) -> None:
     exchange.write(b"zz\r\nnot a chunk\r\n")
-    exchange.writer.close()
 
 
 @pytest.mark.parametrize("torn", [b"", b"data: {", b"event: x\nda", b"data: {}\n"])
