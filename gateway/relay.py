@@ -84,7 +84,7 @@ class BrokenOffError(Exception):
     """The pod failed in the middle of its answer."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _url(base: str, path: str, query: str) -> URL:
     return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
 
@@ -127,9 +127,9 @@ class Relay:
         self, pod: Pod, headers: HeaderList, session_id: str | None
     ) -> list[tuple[str, str]]:
         """The client's headers as the pod gets them."""
-        drop = self._not_sent_on
+        drop = self._not_sent_on | nominated(headers)
         sent = [
-            (name.decode("latin-1"), value.decode("latin-1"))
+            (name.decode("latin-1"), value.decode(errors="replace"))
             for name, value in headers
             if name not in drop
         ]
@@ -151,7 +151,7 @@ class Relay:
         """Send a request and wait for the first byte of the answer. Raises `PodError`."""
         assert self._client is not None
         data = io.BytesIO(body) if body is not None and len(body) > 1 << 20 else body
-        response: aiohttp.ClientResponse | None = None
+        answer: Answer | None = None
         try:
             response = await self._client.request(
                 method,
@@ -163,8 +163,8 @@ class Relay:
             answer = Answer(response, self.settings.idle_timeout_s)
             await answer.begin()
         except BaseException as error:
-            if response is not None:
-                response.close()
+            if answer is not None:
+                answer.close()
             if isinstance(error, Exception):
                 raise _pod_error(error) from error
             raise
@@ -195,6 +195,19 @@ class Answer:
         self.event_stream = response.content_type == "text/event-stream"
         self.whole = False
         self._first = b""
+        # A chunk that is not framed as one makes aiohttp close the connection without telling the
+        # reader of the body, who would wait for ever.
+        connection = response.connection
+        protocol = connection.protocol if connection is not None else None
+        self._lost = protocol.closed if protocol is not None else None
+        if self._lost is not None:
+            self._lost.add_done_callback(self._connection_lost)
+
+    def _connection_lost(self, lost: asyncio.Future[None]) -> None:
+        lost.exception()
+        content = self._response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection broke"))
 
     async def begin(self) -> None:
         """Wait for the first chunk, or for all of an answer that is handed on whole."""
@@ -218,11 +231,11 @@ class Answer:
     ) -> None:
         """Give the client the answer. ``observe`` sees a copy of each chunk. Raises
         `BrokenOffError` if the pod fails on the way; the client then has only whole events."""
-        headers = [
-            (name, value)
-            for name, value in self._response.raw_headers
-            if name.lower() not in NOT_PASSED_BACK
-        ]
+        raw_headers = self._response.raw_headers
+        drop = NOT_PASSED_BACK | nominated(raw_headers)
+        if self.event_stream:
+            drop |= {b"content-length"}  # an error event may have to follow
+        headers = [(n, v) for n, v in raw_headers if n.lower() not in drop]
         headers.extend(extra)
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         chunk, self._first = self._first, b""
@@ -250,6 +263,8 @@ class Answer:
     def close(self) -> None:
         """Give the connection back if the answer was read to its end, else cut it: the pod then
         aborts the request."""
+        if self._lost is not None:
+            self._lost.remove_done_callback(self._connection_lost)
         if self._response.content.is_eof() and self._response.content.at_eof():
             self._response.release()
         else:
@@ -282,6 +297,16 @@ class Patience:
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
+
+
+def nominated(headers: HeaderList) -> frozenset[bytes]:
+    """Names of the headers that ``Connection`` declares to be of this connection alone."""
+    return frozenset(
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+    )
 
 
 def whole_events(data: bytes) -> tuple[bytes, bytes]:

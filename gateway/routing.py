@@ -26,7 +26,7 @@ import xxhash
 from gateway.fleet.pod import Pod
 
 Policy = Literal["expected_ttft", "least_loaded", "round_robin", "session_hash"]
-Reason = Literal["only", "home", "moved", "shared_prefix", "least_loaded", "policy"]
+Reason = Literal["only", "home", "moved", "shared_prefix", "least_loaded", "policy", "fallback"]
 
 STAY_S = 0.05
 """A move must gain at least this much."""

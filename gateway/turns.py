@@ -42,6 +42,7 @@ from gateway.relay import (
     Refused,
     TimedOut,
     read_body,
+    too_large,
 )
 from gateway.routing import Arrival, Decision, choose
 from gateway.sessions import Turn
@@ -105,10 +106,17 @@ class TurnFlow:
         except ClientGoneError:
             self.outcome = "client_gone"
         except asyncio.CancelledError:
+            if self.gateway.draining:
+                await self._answer_error(shutting_down())
             self.outcome = "cancelled"
             raise
-        except BrokenOffError:
-            raise
+        except BrokenOffError as error:
+            await self._answer_error(
+                GatewayError(
+                    502, "pod_failed", f"The pod failed in the middle of its answer ({error})."
+                )
+            )
+            self.outcome = "broken_off"
         except Exception:
             logger.exception("a turn failed")
             await self._answer_error(
@@ -122,9 +130,7 @@ class TurnFlow:
     async def _serve(self) -> None:
         gateway = self.gateway
         if gateway.draining:
-            raise GatewayError(
-                503, "shutting_down", "The gateway is shutting down.", retry_after_s=1
-            )
+            raise shutting_down()
         self.tenant = authenticate(gateway, self.scope)
         body = await request_body(gateway, self.headers, self.receive)
         arrived_at = time.monotonic()
@@ -165,8 +171,13 @@ class TurnFlow:
     def _route(self, pods: Sequence[Pod], request: TurnRequest) -> Decision:
         gateway = self.gateway
         gateway.turns_routed += 1
-        arrival = self._arrival()
-        decision = choose(pods, arrival, gateway.settings.routing.policy, gateway.turns_routed)
+        policy = gateway.settings.routing.policy
+        try:
+            decision = choose(pods, self._arrival(), policy, gateway.turns_routed)
+        except Exception:
+            self._degraded("route")
+            pod = min(pods, key=lambda pod: pod.in_flight)
+            decision = Decision(pod, policy, "fallback", 0, 1, ())
         gateway.metrics.decisions[decision.policy, decision.reason].inc()
         return decision
 
@@ -232,7 +243,11 @@ class TurnFlow:
                     continue
                 try:
                     pod.prefilled(prefill)
-                    if answer.status == 503 and gateway.fleet.able(request.model, [*failed, pod]):
+                    if (
+                        answer.status == 503
+                        and self.attempts < gateway.settings.relay.max_attempts
+                        and gateway.fleet.able(request.model, [*failed, pod])
+                    ):
                         failed.append(pod)
                         gateway.metrics.retries.labels("status_503").inc()
                         continue
@@ -240,7 +255,7 @@ class TurnFlow:
                 finally:
                     answer.close()
                 return
-        raise self._no_answer(request, last)
+        raise no_answer(request.model, last)
 
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
         self.first_byte_s = time.monotonic() - sent_at
@@ -254,23 +269,7 @@ class TurnFlow:
         if b"x-cachewise-route" in self.headers and self.decision is not None:
             extra.append((b"x-cachewise-route", orjson.dumps(self.decision.explain())))
         self.responding = True
-        try:
-            await answer.pass_on(self.send, self._observe, extra)
-        except BrokenOffError as error:
-            self.outcome = "broken_off"
-            if not answer.event_stream:
-                raise  # the server then cuts the connection: the length promised cannot be kept
-            broken = GatewayError(
-                502, "pod_failed", f"The pod failed in the middle of its answer ({error})."
-            )
-            await self.send(
-                {
-                    "type": "http.response.body",
-                    "body": stream_error(broken, self.dialect.wire),
-                    "more_body": False,
-                }
-            )
-            return
+        await answer.pass_on(self.send, self._observe, extra)
         self.outcome = "ok" if answer.status < 400 else "pod_error"
 
     def _observe(self, chunk: bytes) -> None:
@@ -282,25 +281,16 @@ class TurnFlow:
             self.observer = None
             self._degraded("observe")
 
-    def _no_answer(self, request: TurnRequest, last: PodError | None) -> GatewayError:
-        if isinstance(last, TimedOut):
-            return GatewayError(504, "pod_timeout", f"The pod gave {last}.")
-        if last is not None:
-            return GatewayError(
-                502, "pod_unreachable", f"No pod could take the turn: {last}.", retry_after_s=2
-            )
-        return GatewayError(
-            503,
-            "no_pod_ready",
-            f"No pod that serves {request.model!r} is ready; try again shortly.",
-            retry_after_s=2,
-        )
-
     async def _answer_error(self, error: GatewayError) -> None:
+        """Say it as the dialect does. An answer that has begun and is no event stream cannot say
+        it: it is left short, and the server cuts the connection."""
         self.outcome = "gateway_error"
-        self.status = error.status
         if not self.responding:
+            self.status = error.status
             await send_error(self.gateway, error, self.dialect.family, self.send)
+        elif self.event_stream:
+            last = stream_error(error, self.dialect.wire)
+            await self.send({"type": "http.response.body", "body": last, "more_body": False})
 
     # -- closing the books -----------------------------------------------------------------------
 
@@ -436,27 +426,53 @@ class CountTokensEndpoint:
                 await self._relay(served, scope, body, send)
         except GatewayError as error:
             await send_error(gateway, error, self.family, send)
-        except ClientGoneError:
+        except (ClientGoneError, BrokenOffError):
             return
 
     async def _relay(self, model: str, scope: Scope, body: bytes, send: Send) -> None:
         gateway = self.gateway
-        for pod in sorted(gateway.fleet.able(model), key=lambda pod: pod.in_flight):
+        pods = sorted(gateway.fleet.able(model), key=lambda pod: pod.in_flight)
+        last: PodError | None = None
+        for pod in [*pods[:1], *pods]:  # a kept connection may have been closed for age
+            if not pod.ready:
+                continue
             headers = gateway.relay.headers_for(pod, scope["headers"], None)
             query = scope["query_string"].decode("latin-1")
             try:
                 answer = await gateway.relay.open(pod, "POST", self.path, query, headers, body)
-            except Refused as error:
-                gateway.fleet.lost(pod, str(error))
-                continue
             except PodError as error:
-                raise GatewayError(502, "pod_failed", f"The pod failed: {error}.") from None
+                last = error
+                if isinstance(error, TimedOut):
+                    break
+                if isinstance(error, Refused):
+                    gateway.fleet.lost(pod, str(error))
+                continue
             try:
                 await answer.pass_on(send, lambda _: None, ())
             finally:
                 answer.close()
             return
-        raise GatewayError(503, "no_pod_ready", "No pod is ready; try again shortly.", 2)
+        raise no_answer(model, last)
+
+
+def no_answer(model: str, last: PodError | None) -> GatewayError:
+    """Why no pod answered; ``last`` is how the last one tried failed."""
+    if isinstance(last, TimedOut):
+        return GatewayError(504, "pod_timeout", f"The pod gave {last}.")
+    if last is not None:
+        return GatewayError(
+            502, "pod_unreachable", f"No pod could take the turn: {last}.", retry_after_s=2
+        )
+    return GatewayError(
+        503,
+        "no_pod_ready",
+        f"No pod that serves {model[:128]!r} is ready; try again shortly.",
+        retry_after_s=2,
+    )
+
+
+def shutting_down() -> GatewayError:
+    return GatewayError(503, "shutting_down", "The gateway is shutting down.", retry_after_s=1)
 
 
 def authenticate(gateway: Gateway, scope: Scope) -> Tenant:
@@ -470,6 +486,8 @@ def authenticate(gateway: Gateway, scope: Scope) -> Tenant:
 async def request_body(gateway: Gateway, headers: dict[bytes, bytes], receive: Receive) -> bytes:
     """The whole body, decompressed."""
     limit_bytes = gateway.settings.relay.max_body_bytes
+    if int(headers.get(b"content-length", 0)) > limit_bytes:
+        raise too_large(limit_bytes)
     body = await read_body(receive, limit_bytes)
     coding = headers.get(b"content-encoding")
     if coding is None:

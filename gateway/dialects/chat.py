@@ -229,6 +229,6 @@ def parse_completion(body: bytes) -> TurnRequest:
         model=completion.model,
         stream=bool(completion.stream),
         segments=[EMPTY, EMPTY, completion.prompt],
-        look=lambda _, raw: Item(raw, "user", text="" if len(raw) == 0 else "prompt"),
+        look=lambda _, raw: Item(bytes(raw), "user", text="" if len(raw) == 0 else "prompt"),
         ids=BodyIds(session_id=completion.session_id, prompt_cache_key=completion.prompt_cache_key),
     )
