@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import aiohttp
@@ -98,7 +98,6 @@ class Relay:
         self._timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=settings.connect_timeout_s,
-            sock_read=settings.first_byte_timeout_s,
         )
         self._client: aiohttp.ClientSession | None = None
 
@@ -152,19 +151,25 @@ class Relay:
         assert self._client is not None
         data = io.BytesIO(body) if body is not None and len(body) > 1 << 20 else body
         answer: Answer | None = None
+        loop = asyncio.get_running_loop()
         try:
-            response = await self._client.request(
-                method,
-                _url(pod.url, path, query),
-                data=data,
-                headers=headers,
-                allow_redirects=False,
-            )
-            answer = Answer(response, self.settings.idle_timeout_s)
-            await answer.begin()
+            async with asyncio.timeout(None) as limit:
+                give_up = partial(limit.reschedule, loop.time())
+                with Patience(pod, self.settings.first_byte_timeout_s, give_up):
+                    response = await self._client.request(
+                        method,
+                        _url(pod.url, path, query),
+                        data=data,
+                        headers=headers,
+                        allow_redirects=False,
+                    )
+                    answer = Answer(pod, response, self.settings.idle_timeout_s)
+                    await answer.begin()
         except BaseException as error:
             if answer is not None:
                 answer.close()
+            if isinstance(error, TimeoutError) and limit.expired() and not pod.ready:
+                raise Dropped("lost", "the pod was lost before the answer began") from None
             if isinstance(error, Exception):
                 raise _pod_error(error) from error
             raise
@@ -188,7 +193,8 @@ def _pod_error(error: Exception) -> PodError:
 class Answer:
     """A pod's answer whose first byte is there. `close` it on every exit."""
 
-    def __init__(self, response: aiohttp.ClientResponse, idle_timeout_s: float) -> None:
+    def __init__(self, pod: Pod, response: aiohttp.ClientResponse, idle_timeout_s: float) -> None:
+        self._pod = pod
         self._response = response
         self._idle_timeout_s = idle_timeout_s
         self.status = response.status
@@ -208,6 +214,9 @@ class Answer:
         content = self._response.content
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError("the connection broke"))
+
+    def _fell_silent(self) -> None:
+        self._response.content.set_exception(TimeoutError("the pod has gone silent"))
 
     async def begin(self) -> None:
         """Wait for the first chunk, or for all of an answer that is handed on whole."""
@@ -246,16 +255,17 @@ class Answer:
         content = self._response.content
         held = b""
         try:
-            with Patience(self._response, self._idle_timeout_s) as patience:
+            with Patience(self._pod, self._idle_timeout_s, self._fell_silent) as patience:
                 while chunk:
+                    patience.steps += 1
                     ready = chunk
                     if self.event_stream and (held or not chunk.endswith(b"\n\n")):
                         ready, held = whole_events(held + chunk)
                     if ready:
                         await send({"type": "http.response.body", "body": ready, "more_body": True})
                     observe(chunk)
+                    patience.steps += 1
                     chunk = await content.readany()
-                    patience.silent = False
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})
@@ -272,28 +282,39 @@ class Answer:
 
 
 class Patience:
-    """Ends the wait for a pod that has gone silent in the middle of an answer, after ``idle_s`` to
-    twice that. One timer looks now and then: aiohttp's own timeout is set anew at each chunk and
-    costs a stream a tenth of its CPU time."""
+    """Ends the wait for a pod that stays silent: after ``idle_s``, or after `LOST_S` if the pod is
+    not ready any more (vLLM 0.32, ended by SIGTERM, may leave a stream open without another byte);
+    up to `LOST_S` later, since one timer looks now and then.
 
-    def __init__(self, response: aiohttp.ClientResponse, idle_s: float) -> None:
-        self._content = response.content
-        self._idle_s = idle_s
-        self.silent = False
-        if response.connection is not None and response.connection.protocol is not None:
-            response.connection.protocol.read_timeout = None
+    aiohttp's own timeout is set anew at each chunk and costs a stream a tenth of its CPU time.
+    """
+
+    LOST_S = 5.0
+
+    def __init__(self, pod: Pod, idle_s: float, give_up: Callable[[], None]) -> None:
+        self._pod = pod
+        self._looks = max(1, round(idle_s / self.LOST_S))
+        self._period_s = min(idle_s, self.LOST_S)
+        self._give_up = give_up
+        self._silent_looks = 0
+        self._steps_seen = 0
+        self.steps = 0
+        """To be raised when the pod has said something, and again when the wait for it goes on:
+        while the number is odd it is the client who is waited for."""
 
     def __enter__(self) -> Patience:
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(self._idle_s, self._look)
+        self._timer = self._loop.call_later(self._period_s, self._look)
         return self
 
     def _look(self) -> None:
-        if self.silent:
-            self._content.set_exception(TimeoutError("the pod has gone silent"))
-            return
-        self.silent = True
-        self._timer = self._loop.call_later(self._idle_s, self._look)
+        silent = self.steps == self._steps_seen and self.steps % 2 == 0
+        self._silent_looks = self._silent_looks + 1 if silent else 0
+        self._steps_seen = self.steps
+        if self._silent_looks >= (self._looks if self._pod.ready else 1):
+            self._give_up()
+        else:
+            self._timer = self._loop.call_later(self._period_s, self._look)
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()

@@ -236,7 +236,7 @@ class TurnFlow:
                         break
                     if isinstance(error, Refused):
                         gateway.fleet.lost(pod, str(error))
-                    elif isinstance(error, Dropped) and pod not in failed:
+                    elif isinstance(error, Dropped) and pod.ready and pod not in failed:
                         again = pod  # a kept connection may have been closed for age
                     failed.append(pod)
                     gateway.metrics.retries.labels(error.reason).inc()

@@ -295,7 +295,7 @@ async def gateway_over(*pods: Pod | str, **settings: Any) -> AsyncIterator[Runni
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Wait until it holds; `TimeoutError` if it never does."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (conditions over plain state)
             await asyncio.sleep(0.005)
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gateway.dialects import MalformedRequestError, read_model, splice_model
-from gateway.relay import whole_events
+from gateway.relay import Patience, whole_events
 from tests.served import (
     EVENTS,
     PATHS,
@@ -563,7 +563,7 @@ async def test_a_pod_that_accepts_no_connection_in_time_is_passed_over() -> None
             ) as gateway,
         ):
             fleet = gateway.gateway.fleet
-            fleet.pods["pod-0"].url = "http://127.0.0.1:%d" % listening.getsockname()[1]
+            fleet.pods["pod-0"].url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             for filler in fillers:  # the backlog is full: the next SYN gets no answer
                 filler.setblocking(False)
                 filler.connect_ex(listening.getsockname())
@@ -617,6 +617,53 @@ async def test_silence_within_a_stream_ends_it_with_the_error_event(wire: str) -
         assert gateway.settled()
 
 
+@pytest.mark.parametrize("wire", WIRES)
+async def test_a_stream_that_stalls_on_a_pod_no_longer_ready_ends_soon(
+    wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patience, "LOST_S", 0.1)
+
+    async def stalls(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        exchange.chunk(EVENTS[wire])
+        gateway.gateway.fleet.pods["pod-0"].ready = False  # as when SIGTERM closed its door
+        await exchange.gone.wait()
+
+    async with (
+        Pod(stalls) as pod,
+        gateway_over(pod, relay={"idle_timeout_s": 300}, probe={"interval_s": 60}) as gateway,
+    ):
+        reply = await asyncio.wait_for(gateway.post(wire, body_of(wire, stream=True)), 5)
+        assert stream_error_of(wire, reply.data)
+        assert gateway.settled()
+
+
+async def test_a_turn_waiting_on_a_pod_no_longer_ready_goes_to_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Patience, "LOST_S", 0.1)
+    asked: list[str] = []
+
+    async def first_stalls(exchange: Exchange) -> None:
+        asked.append(exchange.path)
+        if len(asked) > 1:
+            exchange.whole(b"{}")
+            return
+        for pod in gateway.gateway.fleet:
+            pod.ready = pod.in_flight == 0
+        await exchange.gone.wait()
+
+    async with (
+        Pod(first_stalls) as one,
+        Pod(first_stalls) as two,
+        gateway_over(one, two, probe={"interval_s": 60}) as gateway,
+    ):
+        reply = await asyncio.wait_for(gateway.post("chat"), 5)
+        assert (reply.status, reply.data) == (200, b"{}")
+        assert len(one.turns) == len(two.turns) == 1
+        assert gateway.settled()
+
+
 async def test_a_stream_slower_than_the_first_byte_timeout_but_never_idle_is_left_alone() -> None:
     async def steady(exchange: Exchange) -> None:
         exchange.begin_stream()
@@ -658,7 +705,8 @@ async def test_headers_pass_both_ways_but_those_of_one_connection() -> None:
             b"POST /v1/messages?beta=true&x=%%20 HTTP/1.1\r\nHost: gateway\r\n"
             b"Connection: close, X-Nominated\r\nX-Nominated: 1\r\nTE: trailers\r\n"
             b"Proxy-Authorization: Basic x\r\nAccept-Encoding: gzip\r\n"
-            b"Anthropic-Beta: a,b\r\nUser-Agent: claude-cli/2.0\r\nX-Odd:\r\nX-Two: 1\r\nX-Two: 2\r\n"
+            b"Anthropic-Beta: a,b\r\nUser-Agent: claude-cli/2.0\r\nX-Odd:\r\n"
+            b"X-Two: 1\r\nX-Two: 2\r\n"
             b"X-Text: gr\xc3\xbc\xc3\x9fe\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
         )
