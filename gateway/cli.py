@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import math
 import os
 import signal
@@ -162,6 +163,10 @@ def run(settings: Settings) -> None:
     with logging_to(settings.log):
         from gateway.app import create_app  # takes a second; the other commands do without
 
+        # Sessions live long and by the ten thousand: let full collections be rare, and leave what
+        # the start made out of them.
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 50)
         server(settings, create_app(settings)).run(sockets=[listening])
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 import orjson
 import xxhash
+from msgspec.structs import astuple
 
 from gateway.dialects.turn import TurnRequest, loads
 
@@ -53,6 +54,8 @@ def _key(value: Any) -> str | None:
 
 def named_by_headers(headers: Headers) -> Named | None:
     """The session that the request's headers name, by the clients' own conventions."""
+    if _NAMING_HEADERS.isdisjoint(headers):
+        return None
     for operator in (b"x-cachewise-session-id", b"x-dynamo-session-id"):
         if chain := _header(headers, operator):
             base = operator.removesuffix(b"session-id")
@@ -93,12 +96,24 @@ _PLAIN_HEADERS = (
     b"x-litellm-session-id",
     b"x-litellm-trace-id",
 )
+_NAMING_HEADERS = frozenset(
+    {
+        b"x-cachewise-session-id",
+        b"x-dynamo-session-id",
+        b"x-claude-code-session-id",
+        b"thread-id",
+        b"x-session-id",
+        *_PLAIN_HEADERS,
+    }
+)
 
 
 def named_by_body(request: TurnRequest) -> Named | None:
     """The session that fields of the body name. ``prompt_cache_key`` comes last: in general it
     groups prompts, but for the clients that send it, it is the conversation."""
     ids = request.ids
+    if not any(map(len, astuple(ids))):
+        return None
     metadata = _object(ids.metadata)
     if chain := _user_id_session(metadata.get("user_id")):
         return Named("metadata.user_id", chain, chain)

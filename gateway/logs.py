@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 import threading
 import traceback
@@ -178,11 +179,16 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _word(value: object) -> str:
+    if isinstance(value, str):
+        return value if _PLAIN_WORD(value) else orjson.dumps(value).decode()
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
-    plain = text.isprintable() and text and not any(c in text for c in ' "=')
-    return text if plain or not isinstance(value, str) else orjson.dumps(text).decode()
+    if isinstance(value, int):
+        return str(value) if value is not True and value is not False else str(value).lower()
+    return orjson.dumps(value, default=str).decode()
+
+
+_PLAIN_WORD: Final = re.compile(r"[!#-<>-~]+").fullmatch
 
 
 def _place(error: BaseException) -> str:

@@ -68,16 +68,24 @@ class PrefixChange:
     cause: BreakCause | None = None
 
 
+def seed_of(request: TurnRequest) -> int:
+    return xxh3(request.model.encode())
+
+
+def raw_hashes(request: TurnRequest) -> array[int]:
+    """The hash of each segment's raw bytes."""
+    return array("Q", map(xxh3, request.segments))
+
+
 def advance(before: Prefix | None, request: TurnRequest) -> tuple[Prefix, PrefixChange]:
     """The request's prefix and how it relates to ``before``, the prefix of its chain's last
     request. Only segments whose bytes changed are parsed and hashed again. Pure.
 
     The model's name seeds the chain: another model's KV is no use.
     """
-    seed = xxh3(request.model.encode())
-    now = Prefix(seed)
+    now = Prefix(seed := seed_of(request))
     segments = request.segments
-    raw = now.raw = array("Q", map(xxh3, segments))
+    raw = now.raw = raw_hashes(request)
     comparable = before is not None and before.seed == seed
 
     untouched = 0
@@ -157,12 +165,15 @@ class TailIndex:
     """Finds the chains that a request may continue when no id names one.
 
     Each chain registers the links at the end of its latest request and one segment before (aider
-    rewrites its last message); a later request that extends it carries one of these links in its
-    own chain. Keys are mixed with the caller's scope, so no tenant can find another's chain. At
-    most ``limit`` links, oldest out first, each with its few latest owners.
+    rewrites its last message), and one over its raw bytes; a later request that extends it carries
+    one of these links too. Keys are mixed with the caller's scope, so no tenant can find another's
+    chain. At most ``limit`` links, oldest out first, each with its few latest owners.
     """
 
+    LINKS = 3
+    """Links that a chain registers."""
     MAX_OWNERS = 4
+    RAW_LOOKBACK = 32
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -173,14 +184,17 @@ class TailIndex:
 
     @staticmethod
     def _links(prefix: Prefix) -> list[int]:
-        return [prefix.chain[i] for i in (len(prefix) - 1, len(prefix) - 2) if i >= HEAD_SEGMENTS]
+        last = len(prefix) - 1
+        links = [prefix.chain[i] for i in (last, last - 1) if i >= HEAD_SEGMENTS]
+        return [*links, xxh3(prefix.raw, prefix.seed)]
 
     def register(self, scope: int, prefix: Prefix, key: str) -> None:
         """Let ``prefix`` be found as ``key``'s."""
         for link in self._links(prefix):
-            others = tuple(k for k in self._owners.get(link ^ scope, ()) if k != key)
-            self._owners[link ^ scope] = (key, *others)[: self.MAX_OWNERS]
-            self._owners.move_to_end(link ^ scope)
+            place = link ^ scope
+            owners = self._owners.pop(place, ())
+            others = tuple(k for k in owners if k != key) if owners else ()
+            self._owners[place] = (key, *others)[: self.MAX_OWNERS]
         while len(self._owners) > self._limit:
             self._owners.popitem(last=False)
 
@@ -202,3 +216,14 @@ class TailIndex:
         for index in range(len(prefix) - 1, HEAD_SEGMENTS - 1, -1):
             for key in self._owners.get(prefix.chain[index] ^ scope, ()):
                 yield key, index + 1
+
+    def find_raw(self, scope: int, seed: int, raw: array[int]) -> tuple[str, int] | None:
+        """The one chain whose whole latest request stands, byte for byte, at the beginning of this
+        one, and its number of segments: found without parsing. None if there are several, or if
+        more than `RAW_LOOKBACK` segments came since."""
+        view = memoryview(raw)
+        for length in range(len(raw) - 1, max(HEAD_SEGMENTS, len(raw) - self.RAW_LOOKBACK), -1):
+            owners = self._owners.get(xxh3(view[:length], seed) ^ scope)
+            if owners is not None:
+                return (owners[0], length) if len(owners) == 1 else None
+        return None

@@ -11,7 +11,7 @@ sessions, and take ``now``.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -38,7 +38,15 @@ from gateway.idle import (
     waited_for,
     went_to_background,
 )
-from gateway.prefix import Prefix, PrefixChange, TailIndex, advance
+from gateway.prefix import (
+    HEAD_SEGMENTS,
+    Prefix,
+    PrefixChange,
+    TailIndex,
+    advance,
+    raw_hashes,
+    seed_of,
+)
 from gateway.routing import Decision
 
 GAPS_KEPT = 8
@@ -85,11 +93,11 @@ class Session:
     """Names of the tools that the last response asked for."""
     calls: tuple[str, ...] = ()
     """Ids of these calls, as issued."""
-    responses: deque[str] = field(default_factory=deque)
+    responses: tuple[str, ...] = ()
     """Where the ids of the latest responses stand in the store's index."""
-    background: OrderedDict[str, bool] = field(default_factory=OrderedDict)
+    background: dict[str, bool] = field(default_factory=dict)
     """Ids of calls left running; True for a wake-up the client has planned for itself."""
-    gaps: deque[Gap] = field(default_factory=lambda: deque(maxlen=GAPS_KEPT))
+    gaps: tuple[Gap, ...] = ()
     prefix: Prefix | None = None
     last_user_text: str = ""
     tokens_per_byte: float = TOKENS_PER_BYTE
@@ -148,7 +156,7 @@ class SessionStore:
         self._by_sid: dict[str, str] = {}
         self._issued: OrderedDict[str, str | None] = OrderedDict()
         self._responses: dict[str, str] = {}
-        self._tails = TailIndex(limit=3 * max_sessions)
+        self._tails = TailIndex(limit=TailIndex.LINKS * max_sessions)
         self._distrust: OrderedDict[str, int] = OrderedDict()
         self._unnamed = token_hex(16)
         self._numbers = count()
@@ -260,6 +268,9 @@ class SessionStore:
             if owner is not None:
                 prefix, change = advance(owner.prefix, request)
                 return owner, prefix, change, "tool_call_id", None
+            if not aside and (owner := self._extended(request, scope)) is not None:
+                prefix, change = advance(owner.prefix, request)
+                return owner, prefix, change, "prefix", None
             prefix, change = advance(None, request)
             if not aside and (owner := self._continued(request, prefix, scope)) is not None:
                 prefix, change = advance(owner.prefix, request)
@@ -311,6 +322,17 @@ class SessionStore:
                 return None  # older calls are of older turns: their chain has moved on
         return None
 
+    def _extended(self, request: TurnRequest, scope: int) -> Session | None:
+        """The session whose latest request this one extends byte for byte: what `_continued` finds
+        too, at the cost of parsing the whole history."""
+        found = self._tails.find_raw(scope, seed_of(request), raw_hashes(request))
+        if found is None or not _replied_after(request, found[1]):
+            return None
+        owner = self._sessions.get(found[0])
+        if owner is None or owner.prefix is None or len(owner.prefix) != found[1]:
+            return None
+        return owner
+
     def _continued(self, request: TurnRequest, prefix: Prefix, scope: int) -> Session | None:
         """The session whose latest request this one extends. One rewritten last message is
         forgiven if the request has grown beyond it and they have more in common than a system
@@ -322,6 +344,8 @@ class SessionStore:
             text = request.item(len(owner.prefix or ()) - 1).text
             return bool(text) and owner.last_user_text.startswith(text[:200])
 
+        if not _replied_after(request, HEAD_SEGMENTS):
+            return None
         candidates: list[Session] = []
         longest = 0
         for key, shared in self._tails.find(scope, prefix):
@@ -371,7 +395,7 @@ class SessionStore:
         resumed = None if compacts else resumed_by(request.item(len(request.segments) - 1))
         kind = waited_for(expected, resumed)
         gap = Gap(max(0.0, now - since), kind, session.waiting_for, now)
-        session.gaps.append(gap)
+        session.gaps = (*session.gaps[1 - GAPS_KEPT :], gap)
         return gap
 
     @staticmethod
@@ -389,7 +413,7 @@ class SessionStore:
                 for call_id in finished:
                     session.background.pop(call_id, None)
                 if not finished and session.background:
-                    session.background.popitem(last=False)
+                    del session.background[next(iter(session.background))]
             elif item.role == "user" and item.text and not item.results:
                 # A person is back: a wake-up the client had planned is no longer what we wait for.
                 for call_id in [c for c, planned in session.background.items() if planned]:
@@ -441,9 +465,9 @@ class SessionStore:
         if place in session.responses:
             return
         self._responses[place] = session.key
-        session.responses.append(place)
-        if len(session.responses) > RESPONSES_KEPT:
-            self._forget_response(session, session.responses.popleft())
+        for old in session.responses[: 1 - RESPONSES_KEPT]:
+            self._forget_response(session, old)
+        session.responses = (*session.responses[1 - RESPONSES_KEPT :], place)
 
     def _forget_response(self, session: Session, place: str) -> None:
         if self._responses.get(place) == session.key:
@@ -508,7 +532,7 @@ def _leave_running(session: Session, call_id: str, planned: bool) -> None:
     if len(call_id) <= MAX_ID_CHARS:
         session.background[call_id] = planned
     if len(session.background) > BACKGROUND_KEPT:
-        session.background.popitem(last=False)
+        del session.background[next(iter(session.background))]
 
 
 def _last_user_text(request: TurnRequest) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.dialects.turn import TurnRequest
-from gateway.prefix import HEAD_SEGMENTS, Prefix, TailIndex, advance
+from gateway.prefix import HEAD_SEGMENTS, Prefix, TailIndex, advance, raw_hashes, seed_of
 from tests.requests_made import BASH, answer, chat, request, result, system, user
 
 
@@ -339,7 +339,7 @@ def test_another_scope_finds_nothing() -> None:
     index.register(1, prefix_of(chat(*Q)), "k")
     assert list(index.find(2, prefix_of(chat(*Q, answer("a"))))) == []
     index.forget(2, prefix_of(chat(*Q)), "k")
-    assert len(index) == 2
+    assert len(index) == TailIndex.LINKS
 
 
 def test_several_owners_latest_first_and_few() -> None:
@@ -352,11 +352,11 @@ def test_several_owners_latest_first_and_few() -> None:
 
 
 def test_the_oldest_links_leave_first() -> None:
-    index = TailIndex(limit=4)
+    index = TailIndex(limit=2 * TailIndex.LINKS)
     prefixes = [prefix_of(chat(system(str(i)), user("q"))) for i in range(4)]
     for number, prefix in enumerate(prefixes):
         index.register(1, prefix, f"k{number}")
-    assert len(index) == 4
+    assert len(index) == 2 * TailIndex.LINKS
     assert [bool(list(index.find(1, prefix))) for prefix in prefixes] == [False, False, True, True]
 
 
@@ -382,3 +382,14 @@ def test_forgetting_leaves_nothing(steps: list[tuple[int, str, list[dict[str, An
 def test_two_prefixes_of_different_models_share_nothing() -> None:
     one, other = prefix_of(chat(*Q)), prefix_of(chat(*Q, model="other"))
     assert not set(one.chain) & set(other.chain)
+
+
+def test_a_request_that_extends_another_byte_for_byte_is_found_without_parsing() -> None:
+    index = TailIndex(limit=100)
+    index.register(1, prefix_of(chat(*Q)), "k")
+    longer = chat(*Q, answer("a"), user("more"))
+    assert index.find_raw(1, seed_of(longer), raw_hashes(longer)) == ("k", 2 + len(Q))
+    assert not longer._items
+    assert index.find_raw(2, seed_of(longer), raw_hashes(longer)) is None
+    index.register(1, prefix_of(chat(*Q)), "twin")
+    assert index.find_raw(1, seed_of(longer), raw_hashes(longer)) is None, "which of the two?"
