@@ -56,19 +56,19 @@ class Workplace:
             text=True,
         )
 
-    def run(self, *command: str | Path, stdin: str = "", **env: str) -> str:
-        """Run an agent to its end; returns what it wrote to its output."""
+    def run(self, *command: str | Path, stdin: str = "", **env: str) -> tuple[str, str]:
+        """Run an agent to its end; returns what it wrote to its output and its error output."""
         return finish(self.start(*command, **env), stdin)
 
 
-def finish(process: subprocess.Popen[str], stdin: str = "") -> str:
+def finish(process: subprocess.Popen[str], stdin: str = "") -> tuple[str, str]:
     try:
         out, err = process.communicate(stdin, timeout=AGENT_TIMEOUT_S)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 0, f"{out[-4000:]}\n{err[-4000:]}"
-    return out
+    return out, err
 
 
 @pytest.fixture
