@@ -35,7 +35,7 @@ bench: $(VENV)/.installed-dev   ## gateway overhead beside its peers: table, JSO
 	$(BIN)/python -m bench.overhead $(ARGS)
 
 clean:           ## remove what the other targets made
-	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINE) .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

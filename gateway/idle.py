@@ -25,6 +25,7 @@ ASKS_HUMAN = frozenset(
         "ask_user_question",
         "attempt_completion",
         "exit_plan_mode",
+        "finish",
         "plan_mode_respond",
         "question",
         "request_user_input",
@@ -34,6 +35,9 @@ ASKS_HUMAN = frozenset(
 
 STARTS_BACKGROUND = frozenset({"CronCreate", "Monitor", "ScheduleWakeup", "loop_wakeup", "monitor"})
 """Tools after which the client itself calls again, later, on its own."""
+
+_ENDS_RUN = re.compile(r':\s*"echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT')
+"""mini-swe-agent's last command: it does not come back."""
 
 _BACKGROUND_FLAG = re.compile(r'"(?:run_in_background|is_background)"\s*:\s*true')
 _BACKGROUND_RESULT = re.compile(
@@ -69,6 +73,9 @@ def notified_calls(item: Item) -> list[str] | None:
 
 def idle_after(calls: Iterable[ToolCall], in_background: bool) -> IdleKind:
     """What a session waits for after a response with these tool calls."""
+    calls = list(calls)
+    if any(_ENDS_RUN.search(call.arguments) for call in calls):
+        return "ended"
     names = [call.name for call in calls]
     if any(name in ASKS_HUMAN for name in names):
         return "human"
