@@ -236,10 +236,18 @@ class Answer:
             self._first = await response.content.readany()
 
     async def pass_on(
-        self, send: Send, observe: Callable[[bytes], None], extra: Sequence[tuple[bytes, bytes]]
+        self,
+        send: Send,
+        extra: Sequence[tuple[bytes, bytes]] = (),
+        observe: Callable[[bytes], None] | None = None,
+        unobserved: Callable[[], None] | None = None,
     ) -> None:
-        """Give the client the answer. ``observe`` sees a copy of each chunk. Raises
-        `BrokenOffError` if the pod fails on the way; the client then has only whole events."""
+        """Give the client the answer.
+
+        ``observe`` sees a copy of each chunk; if it raises it is not called again, and
+        ``unobserved`` is, once, within the handling of its exception. Raises `BrokenOffError` if
+        the pod fails on the way; the client then has only whole events.
+        """
         raw_headers = self._response.raw_headers
         drop = NOT_PASSED_BACK | nominated(raw_headers)
         if self.event_stream:
@@ -250,22 +258,31 @@ class Answer:
         chunk, self._first = self._first, b""
         if self.whole:
             await send({"type": "http.response.body", "body": chunk, "more_body": False})
-            observe(chunk)
+            if observe is not None:
+                observe(chunk)  # which only keeps it
             return
-        content = self._response.content
+        readany = self._response.content.readany
+        event_stream = self.event_stream
         held = b""
         try:
             with Patience(self._pod, self._idle_timeout_s, self._fell_silent) as patience:
                 while chunk:
                     patience.steps += 1
-                    ready = chunk
-                    if self.event_stream and (held or not chunk.endswith(b"\n\n")):
+                    if event_stream and (held or not chunk.endswith(b"\n\n")):
                         ready, held = whole_events(held + chunk)
+                    else:
+                        ready = chunk
                     if ready:
                         await send({"type": "http.response.body", "body": ready, "more_body": True})
-                    observe(chunk)
+                    if observe is not None:
+                        try:
+                            observe(chunk)
+                        except Exception:
+                            observe = None
+                            if unobserved is not None:
+                                unobserved()
                     patience.steps += 1
-                    chunk = await content.readany()
+                    chunk = await readany()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})

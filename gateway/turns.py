@@ -269,17 +269,13 @@ class TurnFlow:
         if b"x-cachewise-route" in self.headers and self.decision is not None:
             extra.append((b"x-cachewise-route", orjson.dumps(self.decision.explain())))
         self.responding = True
-        await answer.pass_on(self.send, self._observe, extra)
+        feed = self.observer.feed if self.observer is not None else None
+        await answer.pass_on(self.send, extra, feed, self._unobserved)
         self.outcome = "ok" if answer.status < 400 else "pod_error"
 
-    def _observe(self, chunk: bytes) -> None:
-        if self.observer is None:
-            return
-        try:
-            self.observer.feed(chunk)
-        except Exception:
-            self.observer = None
-            self._degraded("observe")
+    def _unobserved(self) -> None:
+        self.observer = None
+        self._degraded("observe")
 
     async def _answer_error(self, error: GatewayError) -> None:
         """Say it as the dialect does. An answer that has begun and is no event stream cannot say
@@ -448,7 +444,7 @@ class CountTokensEndpoint:
                     gateway.fleet.lost(pod, str(error))
                 continue
             try:
-                await answer.pass_on(send, lambda _: None, ())
+                await answer.pass_on(send)
             finally:
                 answer.close()
             return

@@ -35,7 +35,8 @@ class SseObserver:
     def feed(self, chunk: bytes) -> None:
         if not self._parts and chunk.endswith(b"\n\n") and b"\r" not in chunk:
             if chunk.find(b"\n\n") == len(chunk) - 2:
-                self._take(chunk)
+                if not self.skippable(chunk):
+                    self._take(chunk)
             else:
                 for event in chunk.split(b"\n\n"):
                     self._take(event)

@@ -116,6 +116,10 @@ class Item:
     """The first `HEAD_CHARS` of a person's (or the client's) text in it."""
 
 
+NOTHING = Item(b"", "other")
+"""What a field that is not there holds."""
+
+
 class BodyIds(msgspec.Struct):
     """Fields of the body that may name the session; every value is untrusted and may be odd."""
 
@@ -152,6 +156,8 @@ class TurnRequest:
         found = self._items.get(index)
         if found is None:
             raw = self.segments[index]
+            if not len(raw):
+                return NOTHING
             try:
                 found = self.look(index, raw)
             except Exception:
