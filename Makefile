@@ -31,8 +31,9 @@ format: $(VENV)/.installed-dev   ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev   ## gateway overhead beside its peers: table, JSON and plot
+bench: $(VENV)/.installed-dev   ## overhead beside its peers, then memory: tables, JSON and plots
 	$(BIN)/python -m bench.overhead $(ARGS)
+	$(BIN)/python -m bench.memory
 
 clean:           ## remove what the other targets made
 	rm -rf $(VENV) $(ENGINE) .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -37,6 +37,7 @@ ROUNDS = 7
 def main(
     quick: Annotated[bool, typer.Option(help="2 short rounds: a check, not a measure")] = False,
     only: Annotated[list[str] | None, typer.Option(help="contender; may be repeated")] = None,
+    at_once: Annotated[int, typer.Option(help="requests in flight", min=1)] = 1,
     json: Annotated[Path, typer.Option(help="where the figures go")] = RESULTS / "overhead.json",
     plot: Annotated[Path, typer.Option(help="where the plot goes")] = RESULTS / "overhead.png",
 ) -> None:
@@ -46,8 +47,10 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
     chosen = [contender for contender in CONTENDERS if not only or contender.name in only]
     rounds = 2 if quick else ROUNDS
+    share = 6 if quick else 1
     workloads = [
-        dataclasses.replace(w, counted=max(2, w.counted // 6)) if quick else w for w in WORKLOADS
+        dataclasses.replace(w, workers=at_once, counted=max(2, w.counted // share // at_once))
+        for w in WORKLOADS
     ]
     console = Console()
     if not console.is_terminal:

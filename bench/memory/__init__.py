@@ -1,0 +1,1 @@
+"""Memory of many sessions: `python -m bench.memory`."""
