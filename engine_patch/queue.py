@@ -7,6 +7,7 @@ as long as no session has a live hint.
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -58,8 +59,19 @@ class Group:
     """
 
     __slots__ = (
-        "cause", "entry", "first", "free", "in_lru", "last", "members", "serial", "score",
-        "shared", "size", "stepwise", "superseded",
+        "cause",
+        "entry",
+        "first",
+        "free",
+        "in_lru",
+        "last",
+        "members",
+        "score",
+        "serial",
+        "shared",
+        "size",
+        "stepwise",
+        "superseded",
     )  # fmt: skip
 
     def __init__(self, serial: int, members: frozenset[Session], superseded: bool = False) -> None:
@@ -116,7 +128,7 @@ class ReuseAwareFreeQueue:
         self.parity_tokens = parity_tokens
         self.ledger = ledger
         self.evictions: dict[Cause, int] = dict.fromkeys(CAUSES, 0)
-        self.rescores = 0
+        self.scoring_s = 0.0
 
         self._serials = count(1)
         self._anonymous = Group(0, frozenset())
@@ -507,7 +519,7 @@ class ReuseAwareFreeQueue:
         heapq.heappush(self._scored, group.entry)
 
     def _value(self, group: Group, block: Any) -> tuple[float | None, Cause, bool]:
-        """Value of the group's `block` (None: by age), why it would go, whether the next differs."""
+        """Value of the group's `block` (None: by age), why it goes, whether the next may differ."""
         if group.superseded and group.members:
             return 0.0, "superseded", False
         if not group.members:
@@ -540,7 +552,7 @@ class ReuseAwareFreeQueue:
             return 0.0
         i = block.block_id
         if self._group[i] is None:  # its place in a chain was never learned; vLLM knows the end
-            token = getattr(block, "block_hash_num_tokens", None) or 0
+            token: int = getattr(block, "block_hash_num_tokens", None) or 0
         else:
             token = self._position[i] * self.tokens_per_block
         age = max(self.now - self._freed_at[i], _MIN_AGE_S)
@@ -548,8 +560,8 @@ class ReuseAwareFreeQueue:
 
     def _rescore(self) -> None:
         """Let every forecast age to `now`. O(sessions)."""
+        started = time.perf_counter()
         self._rescore_at = self.now + RESCORE_S
-        self.rescores += 1
         self._scored.clear()
         refreshed: set[Session] = set()
         for group in self._groups:
@@ -559,6 +571,7 @@ class ReuseAwareFreeQueue:
                     session.refresh(self.now)
         for group in self._groups:
             self._place(group)
+        self.scoring_s += time.perf_counter() - started
 
     # --- ownership ----------------------------------------------------------------------------
 

@@ -106,6 +106,11 @@ class SessionTable:
         self.max_sessions = max_sessions
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._swept_at = float("-inf")
+        self._hinted_until = float("-inf")
+
+    def hinted(self, now: float) -> bool:
+        """Whether any hint may still be live; if none is, the pod is to behave as stock vLLM."""
+        return now < self._hinted_until
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -160,6 +165,7 @@ class SessionTable:
         session.idle_kind = idle_kind
         session.idle_since = now - elapsed_s
         session.lapses_at = now + min(max(2 * forecast.last_s, MIN_LAPSE_S), MAX_LAPSE_S)
+        self._hinted_until = max(self._hinted_until, session.lapses_at)
         self._changed(session, now)
         return None
 
@@ -168,6 +174,7 @@ class SessionTable:
         session = self._see(key, now)
         session.hinted = True
         session.retentions = retentions
+        self._hinted_until = max(self._hinted_until, *(r.until_s for r in retentions))
         self._changed(session, now)
 
     def sweep(self, now: float, every_s: float = 1.0) -> None:
