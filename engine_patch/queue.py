@@ -201,9 +201,10 @@ class ReuseAwareFreeQueue:
         """Free blocks in eviction order, after all of their kind that are free already."""
         if not blocks:
             return
+        tail = self.fake_free_list_tail
+        assert tail.prev_free_block is not None
         self.num_free_blocks += len(blocks)
         if not self._tracking:
-            tail = self.fake_free_list_tail
             _link(blocks, tail.prev_free_block, tail)
             return
         groups, stamps, freed_at = self._group, self._stamp, self._freed_at
@@ -216,7 +217,7 @@ class ReuseAwareFreeQueue:
             freed_at[i] = now
             group = groups[i]
             if group is None:
-                end = self.fake_free_list_tail
+                end = tail
             else:
                 end = group.last
                 if not group.free:

@@ -309,7 +309,10 @@ else:
         """vLLM's `AsyncScheduler` that evicts by expected reuse; see the module."""
 
         def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-            if not vllm_config.scheduler_config.async_scheduling:
+            if (
+                cls is ReuseAwareScheduler
+                and not vllm_config.scheduler_config.async_scheduling
+            ):
                 return SyncReuseAwareScheduler(vllm_config, *args, **kwargs)
             return super().__new__(cls)
 

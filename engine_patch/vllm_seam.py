@@ -95,7 +95,7 @@ NEEDS = (
 QUEUE_METHODS = frozenset(n.name for n in NEEDS if n.owner == "FreeKVCacheBlockQueue")
 
 
-class IncompatibleVllm(ImportError):
+class IncompatibleVllmError(ImportError):
     """The installed vLLM lacks something the patch touches."""
 
 
@@ -108,14 +108,14 @@ def check() -> None:
     """Hold the list against the installed vLLM.
 
     Raises:
-        IncompatibleVllm: naming the version and what is missing.
+        IncompatibleVllmError: naming the version and what is missing.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
-        raise IncompatibleVllm("engine_patch.scheduler needs vLLM, which is not installed")
+        raise IncompatibleVllmError("engine_patch.scheduler needs vLLM, which is not installed")
     missing = list(missing_from(Path(spec.origin).parent.parent))
     if missing:
-        raise IncompatibleVllm(
+        raise IncompatibleVllmError(
             f"vLLM {_version()} lacks what the CacheWise patch needs: {'; '.join(missing)}. "
             "Set CACHEWISE_PATCH=off to run stock vLLM with the same launch line."
         )
