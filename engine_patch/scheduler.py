@@ -96,6 +96,7 @@ class Reuse:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
+        self.clock: Callable[[], float] = time.monotonic
         manager = scheduler.kv_cache_manager
         pool = self._pool = manager.block_pool
         self.ledger = EvictionLedger(pool.num_gpu_blocks, scheduler.block_size, get_block_hash)
@@ -134,7 +135,7 @@ class Reuse:
 
     def before_step(self) -> None:
         """Set the time and, while any hint lives, arrange the waiting queue."""
-        now = self.queue.now = time.monotonic()
+        now = self.queue.now = self.clock()
         self.sessions.sweep(now)
         waiting = self._scheduler.waiting
         self._steps += 1
@@ -160,7 +161,7 @@ class Reuse:
 
     def arrived(self, request: Request) -> None:
         """A request waits; what it asks for again was evicted too early."""
-        now = self.queue.now = time.monotonic()
+        now = self.queue.now = self.clock()
         self.order.arrived(request.request_id, now)
         self.ledger.asked(request.block_hashes, now)
         if request.session_id:
@@ -171,7 +172,7 @@ class Reuse:
     def freeing(self, request: Request) -> None:
         """A request's blocks are about to be freed, at its end or because it is preempted."""
         if request.session_id:
-            now = self.queue.now = time.monotonic()
+            now = self.queue.now = self.clock()
             manager = self._scheduler.kv_cache_manager
             for blocks in manager.get_blocks(request.request_id).blocks:
                 self.sessions.blocks_freed(request.session_id, blocks, now)
@@ -180,13 +181,13 @@ class Reuse:
         """A request has ended: answered, aborted or failed."""
         self.order.left(request.request_id)
         if request.session_id:
-            self.sessions.turn_finished(request.session_id, time.monotonic())
+            self.sessions.turn_finished(request.session_id, self.clock())
 
     # --- calls from the API server ---
 
     def call(self, operation: str, argument: str) -> Any:
         """Answer one operation of `middleware`."""
-        now = self.queue.now = time.monotonic()
+        now = self.queue.now = self.clock()
         if operation == "hints":
             envelope, actions = parse(argument.encode())
             answers = self.hints.apply(envelope, actions, now)
