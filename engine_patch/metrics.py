@@ -130,7 +130,7 @@ class _Snapshots:
             (
                 GaugeMetricFamily,
                 "waiting_longest_seconds",
-                "Longest time a request has waited for admission.",
+                "Longest time a request has waited behind younger ones.",
                 "longest_wait_s",
             ),
             (

@@ -27,6 +27,7 @@ R = TypeVar("R", bound=Waiting)
 @dataclass(slots=True)
 class _Entry:
     arrived_at: float
+    behind_s: float = 0.0  # waited so far while the last to be admitted was younger
     missing_blocks: int = 0
     counted_at: float = float("-inf")
     evictions: int = -1
@@ -34,6 +35,10 @@ class _Entry:
 
 class WaitingOrder:
     """Orders requests by missing blocks; none waits more than `max_wait_s` behind younger ones.
+
+    A request waits behind younger ones while the last request admitted came after it; waiting
+    for older ones is no overtaking, however long. Beyond the bound it goes first, the oldest of
+    such ahead.
 
     A request's missing blocks are counted when it arrives, when blocks of its session have been
     evicted since, and otherwise once a second, not at every step.
@@ -44,6 +49,8 @@ class WaitingOrder:
         self.overtakes = 0
         self.longest_wait_s = 0.0
         self._entries: dict[str, _Entry] = {}
+        self._admitted_at = 0.0
+        self._admitted_youngest = float("-inf")  # arrival of the youngest admitted then
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -61,10 +68,20 @@ class WaitingOrder:
         entries = [e for i in request_ids if (e := self._entries.pop(i, None)) is not None]
         if not entries:
             return
-        oldest = min((e.arrived_at for e in self._entries.values()), default=float("inf"))
+        oldest = float("inf")
+        for entry in self._entries.values():
+            entry.behind_s = self._behind_s(entry, now)
+            oldest = min(oldest, entry.arrived_at)
         for entry in entries:
             self.overtakes += entry.arrived_at > oldest
-            self.longest_wait_s = max(self.longest_wait_s, now - entry.arrived_at)
+            self.longest_wait_s = max(self.longest_wait_s, self._behind_s(entry, now))
+        self._admitted_at = now
+        self._admitted_youngest = max(entry.arrived_at for entry in entries)
+
+    def _behind_s(self, entry: _Entry, now: float) -> float:
+        if entry.arrived_at >= self._admitted_youngest:
+            return entry.behind_s
+        return entry.behind_s + now - self._admitted_at
 
     def arrange(
         self,
@@ -88,7 +105,7 @@ class WaitingOrder:
             entry = self._entries.get(request.request_id)
             if resumed(request) or entry is None:
                 return (0, 0.0, 0.0)
-            if now - entry.arrived_at >= self.max_wait_s:
+            if self._behind_s(entry, now) >= self.max_wait_s:
                 return (1, entry.arrived_at, 0.0)
             evicted = evictions(request)
             if evicted != entry.evictions or now - entry.counted_at >= _RECOUNT_S:
