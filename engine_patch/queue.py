@@ -169,10 +169,9 @@ class ReuseAwareFreeQueue:
         """Take the next `n` blocks to be given away, in order."""
         assert self.num_free_blocks >= n, f"{n} blocks asked, {self.num_free_blocks} free"
         self.num_free_blocks -= n
-        taken = self._take_anonymous(n) if not self._grouped_free else self._take_victims(n)
-        if self.ledger is not None:
-            self.ledger.record(taken, self.now)
-        return taken
+        if not self._grouped_free:
+            return self._take_anonymous(n)
+        return self._take_victims(n)
 
     def remove(self, block: Any) -> None:
         """Take one block out of the middle: a request hit it in the cache.
@@ -393,11 +392,17 @@ class ReuseAwareFreeQueue:
     def _take_anonymous(self, n: int) -> list[Any]:
         """Stock's order: from the front of the one list."""
         taken = _unlink_first(self._anonymous, n)
-        self.evictions["lru"] += sum(b.block_hash is not None for b in taken)
+        self._count(taken, "lru")
         if self._tracking:
             for block in taken:
                 self._stamp[block.block_id] = 0
         return taken
+
+    def _count(self, taken: list[Any], cause: Cause) -> None:
+        hashes = [block.block_hash for block in taken]
+        self.evictions[cause] += len(hashes) - hashes.count(None)
+        if self.ledger is not None:
+            self.ledger.record(hashes, self.now)
 
     def _take_victims(self, n: int) -> list[Any]:
         taken: list[Any] = []
@@ -450,12 +455,9 @@ class ReuseAwareFreeQueue:
 
     def _account(self, group: Group, victims: list[Any], cause: Cause) -> None:
         """Keep the books for blocks just unlinked from `group`."""
-        cached = 0
+        self._count(victims, cause)
         for block in victims:
-            if block.block_hash is not None:
-                cached += 1
             self._group[block.block_id] = None
-        self.evictions[cause] += cached
         if group is self._anonymous:
             return
         group.free -= len(victims)
