@@ -106,7 +106,6 @@ class Reuse:
             parity_tokens=attention_parity_tokens(
                 scheduler.vllm_config.model_config.get_hidden_size()
             ),
-            ledger=self.ledger,
         )
         pool.free_block_queue = self.queue
         pool.reset_prefix_cache = _then(pool.reset_prefix_cache, self.queue.reset)
@@ -137,13 +136,15 @@ class Reuse:
         """Set the time and, while any hint lives, arrange the waiting queue."""
         now = self.queue.now = self.clock()
         self.sessions.sweep(now)
+        hinted = self.sessions.hinted(now)
+        self.queue.ledger = self.ledger if hinted else None
         waiting = self._scheduler.waiting
         self._steps += 1
         if (
             not self._orders
             or len(waiting) < 2
             or self._steps % (1 + len(waiting) // _ARRANGED_EACH_STEP)
-            or not self.sessions.hinted(now)
+            or not hinted
         ):
             return
         started = time.perf_counter()
@@ -310,10 +311,7 @@ else:
         """vLLM's `AsyncScheduler` that evicts by expected reuse; see the module."""
 
         def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-            if (
-                cls is ReuseAwareScheduler
-                and not vllm_config.scheduler_config.async_scheduling
-            ):
+            if cls is ReuseAwareScheduler and not vllm_config.scheduler_config.async_scheduling:
                 return SyncReuseAwareScheduler(vllm_config, *args, **kwargs)
             return super().__new__(cls)
 

@@ -11,6 +11,7 @@ Prints a table and writes JSON and a plot (`--out`).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import random
@@ -120,6 +121,8 @@ def main() -> None:
             load.step()
         load.cpu_s.clear()
         load.turns = 0
+    gc.collect()
+    gc.freeze()  # as vLLM does once it has started
     for _ in range(options.steps // ROUND_STEPS):
         for load in loads.values():
             for _ in range(ROUND_STEPS):
