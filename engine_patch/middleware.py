@@ -13,6 +13,7 @@ A generation request may carry the same envelope in its body's `kv_hints`.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -191,10 +192,8 @@ class KvHintsMiddleware:
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Append the patch's metrics to vLLM's, which are asked for as plain text."""
         ours = b""
-        try:
+        with contextlib.suppress(Exception):  # vLLM's own metrics matter more than ours
             ours = metrics.render(await Engine(scope["app"].state.engine_client).call("metrics"))
-        except Exception:  # noqa: S110 - vLLM's own metrics matter more than ours
-            pass
         negotiated = (b"accept", b"accept-encoding")
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in negotiated]
         start: Message | None = None
@@ -207,13 +206,13 @@ class KvHintsMiddleware:
             if start is not None:
                 length = (b"content-length",)
                 kept = [(k, v) for k, v in start.get("headers", []) if k.lower() not in length]
-                await send(start | {"headers": kept})
+                await send({**start, "headers": kept})
                 start = None
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                message = message | {"body": message.get("body", b"") + ours}
+                message = {**message, "body": message.get("body", b"") + ours}
             await send(message)
 
-        await self.app(scope | {"headers": headers}, receive, send_with_ours)
+        await self.app({**scope, "headers": headers}, receive, send_with_ours)
 
 
 def _from_body(body: bytes) -> Any:

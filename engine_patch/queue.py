@@ -559,7 +559,8 @@ class ReuseAwareFreeQueue:
         else:
             token = self._position[i] * self.tokens_per_block
         age = max(self.now - self._freed_at[i], _MIN_AGE_S)
-        return recompute_cost(token, self.parity_tokens) / age
+        cost: float = recompute_cost(token, self.parity_tokens)
+        return cost / age
 
     def _rescore(self) -> None:
         """Let every forecast age to `now`. O(sessions)."""

@@ -61,9 +61,15 @@ class Session:
     turn_stamp: int = 0
     continued: bool = False
     rate: float | None = None
+    refresh_at: float = float("-inf")
 
     def refresh(self, now: float) -> None:
-        """Set `rate` for `now`; None means no live hint: the blocks age as in stock vLLM."""
+        """Set `rate` for `now`; None means no live hint: the blocks age as in stock vLLM.
+
+        A rate stands until a twentieth has been added to the time waited.
+        """
+        if now < self.refresh_at:
+            return
         if self.retentions and all(r.until_s <= now for r in self.retentions):
             self.retentions = ()
         if self.forecast is not None and self.lapses_at <= now:
@@ -71,7 +77,9 @@ class Session:
         if self.open_turns:
             self.rate = OPEN_TURN_RATE if self.hinted else None
         elif self.forecast is not None:
-            self.rate = self.forecast.reuse_rate(now - self.idle_since)
+            elapsed_s = now - self.idle_since
+            self.rate = self.forecast.reuse_rate(elapsed_s)
+            self.refresh_at = min(now + elapsed_s / 20, self.lapses_at)
         else:
             self.rate = None
 
@@ -206,5 +214,6 @@ class SessionTable:
         del self._sessions[victim.key]
 
     def _changed(self, session: Session, now: float) -> None:
+        session.refresh_at = float("-inf")
         session.refresh(now)
         self.queue.reclassify(session)

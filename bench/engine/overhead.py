@@ -54,7 +54,7 @@ class Load:
 
     def step(self) -> None:
         """One step, with as many arrivals as keep the waiting queue full."""
-        requests = []
+        requests: list[Any] = []
         while len(self.scheduler.waiting) + len(requests) < WAITING:
             i = self.idle.pop(0)
             self.history[i] += self._tokens(160)
@@ -131,7 +131,8 @@ def main() -> None:
     base_turn_s = sum(loads["stock"].cpu_s) / loads["stock"].turns
     rows = []
     print(
-        f"{'':20}{'mean us':>9}{'p50 us':>9}{'p99 us':>9}{'ratio':>7}{'turns':>7}{'a turn':>8}{'scoring us':>12}"
+        f"{'':20}{'mean us':>9}{'p50 us':>9}{'p99 us':>9}{'ratio':>7}"
+        f"{'turns':>7}{'a turn':>8}{'scoring us':>12}"
     )
     for name, load in loads.items():
         mean = statistics.mean(load.cpu_s)
@@ -143,7 +144,8 @@ def main() -> None:
                      "ratio": mean / base, "turns": load.turns, "turn_ratio": turn_s / base_turn_s,
                      "scoring_s": scoring})  # fmt: skip
         print(f"{name:20}{mean * 1e6:9.0f}{cuts[49] * 1e6:9.0f}{cuts[98] * 1e6:9.0f}"
-              f"{mean / base:7.3f}{load.turns:7}{turn_s / base_turn_s:8.3f}{scoring * 1e6:12.1f}")  # fmt: skip
+              f"{mean / base:7.3f}{load.turns:7}{turn_s / base_turn_s:8.3f}"
+              f"{scoring * 1e6:12.1f}")  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
     plot(rows, options.out.with_suffix(".png"))

@@ -14,6 +14,7 @@ import logging
 import statistics
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def by_class(pieces: list[list[traces.Turn]]) -> simulation.Hinter:
         gaps = sorted(
             following.gap_s
             for piece in pieces
-            for turn, following in zip(piece, piece[1:], strict=False)
+            for turn, following in pairwise(piece)
             if turn.idle_kind == kind
         )
         ends = sum(piece[-1].idle_kind == kind for piece in pieces)
