@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 MAX_WAIT_S = 30.0
 # Other requests may make a waiting request's prefix resident again; look that often.
-_RECOUNT_S = 1.0
+_RECOUNT_S = 5.0
 
 
 class Waiting(Protocol):
@@ -41,7 +41,7 @@ class WaitingOrder:
     such ahead.
 
     A request's missing blocks are counted when it arrives, when blocks of its session have been
-    evicted since, and otherwise once a second, not at every step.
+    evicted since, and otherwise every five seconds, not at every step.
     """
 
     def __init__(self, max_wait_s: float = MAX_WAIT_S) -> None:

@@ -548,7 +548,8 @@ class ReuseAwareFreeQueue:
             stepwise = True
             best = max(best or 0.0, 1 / max(self.now - self._freed_at[i], _MIN_AGE_S))
         assert best is not None
-        return best * recompute_cost(token, self.parity_tokens), cause, stepwise
+        value: float = best * recompute_cost(token, self.parity_tokens)
+        return value, cause, stepwise
 
     def _age_score(self, block: Any) -> float:
         if block.block_hash is None:
@@ -559,8 +560,8 @@ class ReuseAwareFreeQueue:
         else:
             token = self._position[i] * self.tokens_per_block
         age = max(self.now - self._freed_at[i], _MIN_AGE_S)
-        cost: float = recompute_cost(token, self.parity_tokens)
-        return cost / age
+        score: float = recompute_cost(token, self.parity_tokens) / age
+        return score
 
     def _rescore(self) -> None:
         """Let every forecast age to `now`. O(sessions)."""

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.engine_patch")
 
-# The waiting queue is arranged at every step up to this length, beyond it less often.
-_ARRANGED_EACH_STEP = 64
+# The waiting queue is arranged when a request arrives and every so many steps, the less often
+# the longer it is.
+_STEPS_APART, _LONG_QUEUE = 4, 64
 
 
 class _ReuseAware:
@@ -117,6 +118,7 @@ class Reuse:
         self._group = _full_attention_group(scheduler)
         self._orders = self._group is not None and scheduler.policy == SchedulingPolicy.FCFS
         self._steps = 0
+        self._arrivals = False
         self._ordering_s = 0.0
 
     def describe(self) -> str:
@@ -143,10 +145,12 @@ class Reuse:
         if (
             not self._orders
             or len(waiting) < 2
-            or self._steps % (1 + len(waiting) // _ARRANGED_EACH_STEP)
+            or not (self._arrivals or self._steps % _STEPS_APART == 0)
+            or self._steps % (1 + len(waiting) // (2 * _LONG_QUEUE))
             or not hinted
         ):
             return
+        self._arrivals = False
         started = time.perf_counter()
         present = list(waiting)
         arranged = self.order.arrange(present, now, self._missing_blocks, self._evictions, _resumed)
@@ -164,6 +168,7 @@ class Reuse:
         """A request waits; what it asks for again was evicted too early."""
         now = self.queue.now = self.clock()
         self.order.arrived(request.request_id, now)
+        self._arrivals = True
         self.ledger.asked(request.block_hashes, now)
         if request.session_id:
             self.sessions.turn_arrived(request.session_id, now)
@@ -249,7 +254,8 @@ class Reuse:
                 high = middle
             else:
                 low = middle + 1
-        return -(-request.num_tokens // self._scheduler.block_size) - low
+        missing: int = -(-request.num_tokens // self._scheduler.block_size) - low
+        return missing
 
     def _evictions(self, request: Request) -> int:
         session = self.sessions.get(request.session_id) if request.session_id else None
