@@ -1,5 +1,5 @@
 """Reuse-aware KV eviction and scheduling for vLLM, installed beside vLLM in the pod.
 
-`queue`, `forecast`, `sessions` and `order` import without vLLM; only `vllm_seam`, `scheduler` and
-`middleware` touch it. Nothing here imports `gateway`.
+Only `vllm_seam`, `scheduler` and `middleware` touch vLLM; the rest imports without it, so that the
+embedded pod runs the very same code. Nothing here imports `gateway`.
 """

@@ -118,6 +118,18 @@ def parse(body: bytes | dict[str, Any]) -> tuple[Envelope, Parsed]:
     ]
 
 
+def parse_field(value: bytes | dict[str, Any]) -> tuple[Envelope, Parsed]:
+    """`parse` for the field `kv_hints` of a request's body.
+
+    Raises:
+        HintError: naming the field from the body's root.
+    """
+    try:
+        return parse(value)
+    except HintError as error:
+        raise HintError(f"kv_hints.{error.field}", error.reason) from None
+
+
 def _parse_payload(action: Action, field: str) -> Payload | None:
     version = ACTION_VERSIONS.get(action.action_type)
     if version is None:

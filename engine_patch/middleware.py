@@ -1,12 +1,8 @@
 """Hints over HTTP on a vLLM pod, and the patch's metrics on its /metrics.
 
-Launch vLLM with `--middleware engine_patch.middleware.KvHintsMiddleware`. The endpoints are added
-as routes behind vLLM's own authentication; `CACHEWISE_HINTS_TOKEN`, if set, must also be sent as
-`X-Kv-Hints-Token`, since a hint moves others' cache.
-
-    POST /v1/kv_hints                 an envelope; an answer for each action
-    GET  /v1/kv_hints/capabilities    dialect versions, block size, capacity
-    GET  /v1/kv_hints/sessions        resident blocks and expected reuse of each session
+Launch vLLM with `--middleware engine_patch.middleware.KvHintsMiddleware`. The routes of
+`endpoints` are added behind vLLM's own authentication; `CACHEWISE_HINTS_TOKEN`, if set, must also
+be sent as `X-Kv-Hints-Token`, since a hint moves others' cache.
 
 A generation request may carry the same envelope in its body's `kv_hints`.
 """
@@ -14,24 +10,18 @@ A generation request may carry the same envelope in its body's `kv_hints`.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import os
-from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_patch import metrics
-from engine_patch.hints import MAX_BODY_BYTES, HintError, parse
+from engine_patch.endpoints import TOKEN_HEADER, HintEndpoints, error_answer, malformed
+from engine_patch.hints import HintError, parse_field
 
-PATH = "/v1/kv_hints"
-TOKEN_HEADER = "x-kv-hints-token"  # noqa: S105
 GENERATION_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 )
@@ -81,12 +71,15 @@ class KvHintsMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.token = os.environ.get("CACHEWISE_HINTS_TOKEN") or None
+        self.endpoints = HintEndpoints(
+            lambda request: Engine(request.app.state.engine_client).call,
+            os.environ.get("CACHEWISE_HINTS_TOKEN") or None,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] == "lifespan":
-            self._add_routes(scope["app"])
+            scope["app"].router.routes[:0] = self.endpoints.routes()
         elif scope["type"] == "http":
             path = scope["path"]
             if scope["method"] == "POST" and path in GENERATION_PATHS:
@@ -96,59 +89,6 @@ class KvHintsMiddleware:
                 await self._metrics(scope, receive, send)
                 return
         await self.app(scope, receive, send)
-
-    def _add_routes(self, app: Any) -> None:
-        app.router.routes[:0] = [
-            Route(PATH, self.post_hints, methods=["POST"]),
-            Route(f"{PATH}/capabilities", self.get_capabilities, methods=["GET"]),
-            Route(f"{PATH}/sessions", self.get_sessions, methods=["GET"]),
-        ]
-
-    def _may_hint(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        if self.token is None:
-            return True
-        given = next((v for k, v in headers if k.lower() == TOKEN_HEADER.encode()), b"")
-        return hmac.compare_digest(given, self.token.encode())
-
-    # --- endpoints ---
-
-    async def post_hints(self, request: Request) -> Response:
-        """Apply an envelope on every engine core."""
-        if not self._may_hint(request.scope["headers"]):
-            return _error(403, f"{TOKEN_HEADER} is missing or wrong")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                return _error(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-        try:
-            envelope, _ = parse(bytes(body))
-        except HintError as error:
-            return _error(400, error.reason, error.field)
-        answers = await Engine(request.app.state.engine_client).call("hints", body.decode())
-        active = [a["results"] for a in answers if "results" in a]
-        if not active:
-            return _error(501, "the engine runs without the reuse-aware scheduler")
-        return JSONResponse(
-            {
-                "protocol_version": envelope.protocol_version,
-                "message_id": envelope.message_id,
-                "results": [_best(ranks) for ranks in zip(*active, strict=True)],
-            }
-        )
-
-    async def get_capabilities(self, request: Request) -> Response:
-        """What the pod understands; `engines` has one entry a data-parallel rank."""
-        engines = await Engine(request.app.state.engine_client).call("capabilities")
-        return JSONResponse(engines[0] | {"engines": engines})
-
-    async def get_sessions(self, request: Request) -> Response:
-        """The sessions of every engine core."""
-        if not self._may_hint(request.scope["headers"]):
-            return _error(403, f"{TOKEN_HEADER} is missing or wrong")
-        engines = await Engine(request.app.state.engine_client).call("sessions")
-        rows = [row | {"engine": i} for i, e in enumerate(engines) for row in e.get("sessions", ())]
-        return JSONResponse({"sessions": rows})
 
     # --- requests passing through ---
 
@@ -169,10 +109,10 @@ class KvHintsMiddleware:
             try:
                 hints = _from_body(bytes(body))
             except HintError as error:
-                await _error(400, error.reason, error.field)(scope, receive, send)
+                await malformed(error)(scope, receive, send)
                 return
-        if hints is not None and not self._may_hint(scope["headers"]):
-            await _error(403, f"{TOKEN_HEADER} is missing or wrong")(scope, receive, send)
+        if hints is not None and not self.endpoints.may_hint(scope["headers"]):
+            await error_answer(403, f"{TOKEN_HEADER} is missing or wrong")(scope, receive, send)
             return
         replayed = iter(messages)
 
@@ -223,24 +163,7 @@ def _from_body(body: bytes) -> Any:
         return None
     if raw is None or bytes(raw) == b"null":
         return None
-    try:
-        parse(bytes(raw))
-    except HintError as error:
-        raise HintError(f"kv_hints.{error.field}", error.reason) from None
+    parse_field(bytes(raw))
     from vllm.v1.kv_hints import KvHintsEnvelope
 
     return msgspec.json.decode(raw, type=KvHintsEnvelope)
-
-
-_ORDER = ("applied", "clipped", "rejected", "unsupported")
-
-
-def _best(ranks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A session lives on one data-parallel rank; the best answer is its answer."""
-    return min(ranks, key=lambda answer: _ORDER.index(answer["status"]))
-
-
-def _error(status: int, message: str, field: str | None = None) -> JSONResponse:
-    return JSONResponse(
-        {"error": {"message": message, "type": "invalid_request_error", "param": field}}, status
-    )

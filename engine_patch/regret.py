@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from operator import itemgetter
 from typing import Any
 
 WINDOWS_S = (60, 600)
@@ -11,15 +12,16 @@ _SAMPLED_BLOCKS = 16_384
 class EvictionLedger:
     """Remembers evicted blocks for ten minutes and counts those that are asked for again.
 
-    A pool larger than 16,384 blocks is sampled by the first byte of the hash, always the same
-    blocks, and the counts are scaled up (spatial sampling: Waldspurger et al., SHARDS, FAST
-    2015); its hashes must be bytes. At most four samples of the pool are remembered; under a
+    A pool larger than 16,384 blocks is sampled by some bits of the hash, always the same blocks,
+    and the counts are scaled up (spatial sampling: Waldspurger et al., SHARDS, FAST
+    2015). At most four samples of the pool are remembered; under a
     higher eviction rate the oldest are forgotten and the counts are a lower bound.
 
     Args:
         num_blocks: blocks of the pool.
         tokens_per_block: tokens of a block.
         key: what of a block's hash a request asks for (vLLM appends the KV cache group to it).
+        low_bits: evenly spread bits of a hash or key, at least eight; a hash of bytes' first one.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class EvictionLedger:
         num_blocks: int,
         tokens_per_block: int,
         key: Callable[[Any], Hashable] = lambda block_hash: block_hash,
+        low_bits: Callable[[Any], int] = itemgetter(0),
     ) -> None:
         self.scale = 1
         while num_blocks > self.scale * _SAMPLED_BLOCKS and self.scale < 256:
@@ -35,6 +38,7 @@ class EvictionLedger:
         self._capacity = 4 * max(num_blocks // self.scale, 1)
         self._tokens_per_block = tokens_per_block
         self._key = key
+        self._low_bits = low_bits
         self._evicted_at: OrderedDict[Hashable, float] = OrderedDict()
 
     def __len__(self) -> int:
@@ -43,8 +47,9 @@ class EvictionLedger:
     def record(self, hashes: Iterable[Any], now: float) -> None:
         """Note the hashes of blocks given away; None for an uncached one."""
         mask, key, evicted_at = self.scale - 1, self._key, self._evicted_at
+        low_bits = self._low_bits
         for block_hash in hashes:
-            if block_hash is None or (mask and block_hash[0] & mask):
+            if block_hash is None or (mask and low_bits(block_hash) & mask):
                 continue
             evicted_at[key(block_hash)] = now
         while len(evicted_at) > self._capacity:
@@ -56,7 +61,8 @@ class EvictionLedger:
         if not evicted_at:
             return
         if mask:
-            keys = [key for key in keys if not key[0] & mask]
+            low_bits = self._low_bits
+            keys = [key for key in keys if not low_bits(key) & mask]
         for key in keys:
             at = evicted_at.pop(key, None)
             if at is None:
