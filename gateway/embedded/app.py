@@ -19,6 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine_patch import metrics as patch_metrics
+from engine_patch.endpoints import HintEndpoints, malformed
+from engine_patch.hints import Envelope, HintError, Parsed, parse_field
 from gateway.embedded.answer import Answer
 from gateway.embedded.dialects.base import (
     JSON,
@@ -78,6 +81,7 @@ def create_pod_app(
             Route("/version", pod.version),
             Route("/health", pod.health),
             Route("/ping", pod.health, methods=["GET", "POST"]),
+            *HintEndpoints(lambda _request: pod.call).routes(),
         ],
         middleware=[Middleware(_SayEmbedded)],
         lifespan=lifespan,
@@ -114,6 +118,10 @@ class _Pod:
             prompt = render_prompt(exchange.conversation)
             exchange.max_tokens = self._max_tokens(prompt, exchange)
             answer = Answer(turn, exchange.max_tokens)
+            hints = body.get("kv_hints")
+            kv_hints = parse_field(hints) if hints is not None else None
+        except HintError as error:
+            return malformed(error)
         except ScriptError as error:
             return _refusal(dialect, RequestError(str(error), param=SCRIPT_HEADER))
         except RequestError as error:
@@ -127,6 +135,7 @@ class _Pod:
             prompt,
             stream=bool(body.get("stream")),
             session_id=session_id if isinstance(session_id, str) else None,
+            kv_hints=kv_hints,
             fail=self._failure(turn),
         )
 
@@ -171,10 +180,14 @@ class _Pod:
         }
         return JSONResponse({"object": "list", "data": [card]})
 
+    async def call(self, operation: str, argument: str) -> list[JSON]:
+        """The engine's answer to one operation of the hint endpoints."""
+        return [self._engine.scheduler.reuse.call(operation, argument)]
+
     async def metrics(self, _request: Request) -> Response:
-        return Response(
-            generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST}
-        )
+        text = generate_latest(self._registry)
+        text += patch_metrics.render(await self.call("metrics", ""))
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def version(self, _request: Request) -> Response:
         return JSONResponse({"version": VERSION})
@@ -228,6 +241,7 @@ class _Answering:
         *,
         stream: bool,
         session_id: str | None,
+        kv_hints: tuple[Envelope, Parsed] | None,
         fail: Fail | None,
     ) -> None:
         self._engine = engine
@@ -237,6 +251,7 @@ class _Answering:
         self._prompt = prompt
         self._stream = stream
         self._session_id = session_id
+        self._kv_hints = kv_hints
         self._fail = fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -263,7 +278,10 @@ class _Answering:
         finish = "length" if self._answer.finish_reason == "length" else "stop"
         try:
             with self._engine.generate(
-                tokens, finish_reason=finish, session_id=self._session_id
+                tokens,
+                finish_reason=finish,
+                session_id=self._session_id,
+                kv_hints=self._kv_hints,
             ) as generation:
                 if self._stream:
                     await self._send_events(generation, scope, receive, send)

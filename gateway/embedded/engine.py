@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
-from gateway.embedded.block_pool import LruFreeQueue, QueueFactory
+from engine_patch.hints import Envelope, Parsed
 from gateway.embedded.prompt import TokenSequence
 from gateway.embedded.scheduler import EngineConfig, Request, Scheduler
 
@@ -55,19 +55,12 @@ class Generation:
 class EmbeddedEngine:
     """A vLLM engine core with a modelled accelerator, `speedup` times faster than the model.
 
-    `queue_factory` makes the queue of free blocks, which decides the order of eviction.
     `on_first_token` is called with each request's seconds to its first token.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig | None = None,
-        *,
-        speedup: float = 20.0,
-        queue_factory: QueueFactory = LruFreeQueue,
-    ) -> None:
+    def __init__(self, config: EngineConfig | None = None, *, speedup: float = 20.0) -> None:
         self.config = config or EngineConfig()
-        self.scheduler = Scheduler(self.config, queue_factory)
+        self.scheduler = Scheduler(self.config)
         self.speedup = speedup
         self.on_first_token: Callable[[float], None] = lambda _seconds: None
         self._generations: dict[Request, Generation] = {}
@@ -85,7 +78,12 @@ class EmbeddedEngine:
 
     @contextmanager
     def generate(
-        self, tokens: TokenSequence, *, finish_reason: str, session_id: str | None = None
+        self,
+        tokens: TokenSequence,
+        *,
+        finish_reason: str,
+        session_id: str | None = None,
+        kv_hints: tuple[Envelope, Parsed] | None = None,
     ) -> Iterator[Generation]:
         """Run one request for the length of the `with` block; leaving it early aborts it.
 
@@ -100,6 +98,7 @@ class EmbeddedEngine:
             block_hashes=tokens.block_hashes,
             arrival_s=asyncio.get_running_loop().time(),
             session_id=session_id,
+            kv_hints=kv_hints,
         )
         self.scheduler.add(request)
         generation = self._generations[request] = Generation(request)

@@ -13,7 +13,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.embedded.app import DISCONNECT_EXTENSION, create_pod_app
-from gateway.embedded.block_pool import LruFreeQueue, QueueFactory
 from gateway.embedded.engine import EmbeddedEngine
 from gateway.embedded.scheduler import EngineConfig
 
@@ -64,13 +63,9 @@ class EmbeddedFleet:
         model: str = "embedded",
         speedup: float = 20.0,
         config: EngineConfig | None = None,
-        queue_factory: QueueFactory = LruFreeQueue,
     ) -> None:
         self.model = model
-        self.pods = [
-            EmbeddedEngine(config, speedup=speedup, queue_factory=queue_factory)
-            for _ in range(pods)
-        ]
+        self.pods = [EmbeddedEngine(config, speedup=speedup) for _ in range(pods)]
         self.urls: list[str] = []
         self._servers: list[_Server] = []
 

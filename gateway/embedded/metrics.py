@@ -71,13 +71,6 @@ class EngineCollector(Collector):
         for reason, count in counters.finished.items():
             success.add_metric((*self._labels, reason), count)
         yield success
-        evicted = CounterMetricFamily(
-            "cachewise_embedded_evicted_cached_blocks",
-            "Cached blocks that lost their content to an allocation (no vLLM metric).",
-            labels=("model_name", "engine"),
-        )
-        evicted.add_metric(self._labels, pool.evicted_cached_blocks)
-        yield evicted
 
     def _gauge(self, name: str, documentation: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(f"vllm:{name}", documentation, labels=("model_name", "engine"))

@@ -1,5 +1,7 @@
 """Continuous batching with chunked prefill, as vLLM's scheduler does it, without a model.
 
+Eviction and waiting order are the engine patch's: stock vLLM's until hints tell more.
+
 The answer of a request is known before it starts, so a step only counts tokens: it moves KV
 blocks, works out how long the step would take on the modelled hardware, and says which
 requests got tokens. Pure and synchronous: the caller owns the clock.
@@ -8,11 +10,15 @@ requests got tokens. Pure and synchronous: the caller owns the clock.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gateway.embedded.block_pool import BlockPool, KVCacheBlock, LruFreeQueue, QueueFactory
+from engine_patch.hints import Envelope, Parsed
+from engine_patch.regret import EvictionLedger
+from engine_patch.reuse import Reuse
+from gateway.embedded.block_pool import BlockPool, KVCacheBlock
 from gateway.embedded.roofline import HardwareModel, step_time_s
 
 
@@ -49,13 +55,14 @@ class Request:
     block_hashes: Sequence[int]
     arrival_s: float
     session_id: str | None = None
+    kv_hints: tuple[Envelope, Parsed] | None = None
     generated_tokens: int = 0
     computed_tokens: int = 0
     cached_blocks: int = 0
     blocks: list[KVCacheBlock] = field(default_factory=list)
     num_cached_tokens: int | None = None
     first_token_s: float | None = None
-    preemptions: int = 0
+    num_preemptions: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -91,11 +98,23 @@ class Counters:
 
 
 class Scheduler:
-    """First come, first served; the youngest running request gives way when blocks run out."""
+    """First come, first served, while no hint lives; then whoever needs fewest blocks goes first.
 
-    def __init__(self, config: EngineConfig, queue_factory: QueueFactory = LruFreeQueue) -> None:
+    The youngest running request gives way when blocks run out. `clock` (monotonic seconds) tells
+    how long sessions have been idle.
+    """
+
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_gpu_blocks, queue_factory)
+        size, num_blocks = config.block_size_tokens, config.num_gpu_blocks
+        self.pool = BlockPool(num_blocks, size, config.hardware.width)
+        self.reuse = Reuse(
+            self.pool.free_queue,
+            EvictionLedger(num_blocks, size, low_bits=int),
+            num_blocks=num_blocks,
+            is_cached=self.pool.is_cached,
+            clock=clock,
+        )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.counters = Counters()
@@ -110,6 +129,10 @@ class Scheduler:
         if request.prompt_tokens + request.output_tokens > self.config.max_model_len:
             raise ValueError(f"request {request.request_id} is longer than max_model_len")
         self.waiting.append(request)
+        prompt_blocks = request.prompt_tokens // self.config.block_size_tokens
+        self.reuse.arrived(request, request.block_hashes[:prompt_blocks])
+        if request.kv_hints is not None:
+            self.reuse.hinted_with(request, *request.kv_hints)
 
     def abort(self, request: Request) -> None:
         """Drop a request wherever it is and free its blocks. Unknown requests are ignored."""
@@ -120,6 +143,7 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             return
+        self.reuse.finished(request)
         self._free_blocks_at_refusal = None
         self.counters.finished["abort"] += 1
 
@@ -129,8 +153,13 @@ class Scheduler:
         Where only decodes run, one step stands for as many iterations as fit in `horizon_s`
         (at least one), so that a long answer costs few wake-ups.
         """
+        arranged: list[Request] | None = self.reuse.before_step(self.waiting)
+        if arranged is not None:
+            self.waiting = deque(arranged)
+            self._free_blocks_at_refusal = None
         scheduled = self._schedule_running()
         self._schedule_waiting(scheduled)
+        self.reuse.after_step(request.request_id for request in scheduled)
         if not scheduled:
             return None
         prefills: list[tuple[int, int]] = []
@@ -172,6 +201,7 @@ class Scheduler:
             if request.finished:
                 self.running.remove(request)
                 self._release(request)
+                self.reuse.finished(request)
         return progressed
 
     def _schedule_running(self) -> dict[Request, int]:
@@ -270,13 +300,14 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Free a running request's blocks; it starts again, ahead of the waiting ones."""
         self._release(request)
-        request.preemptions += 1
+        request.num_preemptions += 1
         self.counters.preemptions += 1
         self.waiting.appendleft(request)
         # What it freed goes to the request that preempted it: wait for more.
         self._free_blocks_at_refusal = self.pool.num_free_blocks
 
     def _release(self, request: Request) -> None:
+        self.reuse.freeing(request, [request.blocks])
         self.pool.free(request.blocks)
         request.blocks = []
         request.computed_tokens = request.cached_blocks = 0

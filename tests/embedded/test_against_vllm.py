@@ -1,16 +1,12 @@
-"""The pod beside real vLLM: its wire models and its free-block queue."""
+"""The pod beside real vLLM: its wire models."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gateway.embedded import EmbeddedFleet
-from gateway.embedded.block_pool import KVCacheBlock, LruFreeQueue
 
 pytestmark = [
     pytest.mark.engine,
@@ -82,45 +78,3 @@ async def test_responses_are_read_by_vllms_model(fleet: EmbeddedFleet) -> None:
     written.pop("output")  # its items are the openai package's, whose fields differ by version
     whole.pop("output")
     assert written == whole
-
-
-Operations = list[tuple[str, int, int]]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.integers(0, 12),
-    st.lists(
-        st.tuples(
-            st.sampled_from(["popleft_n", "remove", "append", "append_n", "prepend_n"]),
-            st.integers(0, 11),
-            st.integers(0, 12),
-        ),
-        max_size=40,
-    ),
-)
-def test_the_queue_gives_the_blocks_of_vllms_queue(size: int, operations: Operations) -> None:
-    from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock as VllmBlock
-
-    def replay(make_block: Callable[[int], Any], make_queue: Callable[[Any], Any]) -> list[Any]:
-        blocks = [make_block(block_id) for block_id in range(size)]
-        queue = make_queue(blocks)
-        out: list[int] = []
-        seen: list[Any] = []
-        for operation, which, count in operations:
-            free = [block.block_id for block in queue.get_all_free_blocks()]
-            seen.append((free, queue.num_free_blocks))
-            if operation == "popleft_n":
-                out += [b.block_id for b in queue.popleft_n(min(count, len(free)))]
-            elif operation == "remove" and which in free:
-                queue.remove(blocks[which])
-                out.append(which)
-            elif operation == "append" and out:
-                queue.append(blocks[out.pop(which % len(out))])
-            elif operation in ("append_n", "prepend_n"):
-                back, out = out[:count], out[count:]
-                getattr(queue, operation)([blocks[i] for i in back])
-        return seen
-
-    assert replay(KVCacheBlock, LruFreeQueue) == replay(VllmBlock, FreeKVCacheBlockQueue)

@@ -3,7 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.embedded.block_pool import BlockPool, KVCacheBlock, LruFreeQueue
+from gateway.embedded.block_pool import BlockPool, KVCacheBlock
 
 NUM_BLOCKS = 12
 
@@ -87,46 +87,10 @@ TestBlockPool = PoolMachine.TestCase
 TestBlockPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-@pytest.fixture
-def blocks() -> list[KVCacheBlock]:
-    return [KVCacheBlock(block_id) for block_id in range(4)]
-
-
-def ids(queue: LruFreeQueue) -> list[int]:
-    return [block.block_id for block in queue.get_all_free_blocks()]
-
-
-def test_queue_gives_blocks_in_order_of_their_last_use(blocks: list[KVCacheBlock]) -> None:
-    queue = LruFreeQueue(blocks)
-    first = queue.popleft()
-    queue.remove(blocks[2])
-    queue.append(first)
-    queue.prepend_n([blocks[2]])
-    assert ids(queue) == [2, 1, 3, 0]
-    assert queue.popleft_n(0) == []
-    assert [block.block_id for block in queue.popleft_n(4)] == [2, 1, 3, 0]
-    assert queue.num_free_blocks == 0
-
-
-def test_queue_refuses_what_it_does_not_have(blocks: list[KVCacheBlock]) -> None:
-    queue = LruFreeQueue([])
-    with pytest.raises(ValueError, match="No free blocks"):
-        queue.popleft()
-    with pytest.raises(ValueError, match="1 blocks wanted, 0 are free"):
-        queue.popleft_n(1)
-    with pytest.raises(RuntimeError, match="not in the free queue"):
-        queue.remove(blocks[0])
-    assert ids(queue) == []
-
-
-def test_pool_uses_the_queue_it_is_given() -> None:
-    class MostRecentFirst(LruFreeQueue):
-        def append_n(self, blocks: list[KVCacheBlock]) -> None:
-            super().prepend_n(blocks) if hasattr(self, "ready") else super().append_n(blocks)
-
-    pool = BlockPool(4, MostRecentFirst)
-    pool.free_queue.ready = True  # type: ignore[attr-defined]
-    taken = pool.allocate(2)
-    pool.cache(taken, [7, 8])
-    pool.free(taken)
-    assert pool.allocate(1) == [taken[1]]
+def test_pool_refuses_what_it_does_not_have() -> None:
+    pool = BlockPool(4)
+    with pytest.raises(ValueError, match="4 blocks wanted, 3 are free"):
+        pool.allocate(4)
+    assert pool.num_free_blocks == 3
+    with pytest.raises(ValueError, match="at least 2 blocks"):
+        BlockPool(1)

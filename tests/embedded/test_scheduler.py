@@ -90,7 +90,7 @@ def test_requests_wait_for_blocks_in_order_of_arrival() -> None:
     assert [r.request_id for r in scheduler.waiting] == ["second", "tiny"]
     scheduler.complete(step, 0.0)
     run(scheduler)
-    assert big.preemptions == small.preemptions == 0
+    assert big.num_preemptions == small.num_preemptions == 0
     assert scheduler.counters.prompt_tokens == 84
 
 
@@ -100,9 +100,9 @@ def test_the_youngest_is_preempted_when_blocks_run_out_and_still_finishes() -> N
     scheduler.add(old)
     scheduler.add(young)
     run(scheduler)
-    assert old.preemptions == 0
-    assert young.preemptions >= 1
-    assert scheduler.counters.preemptions == young.preemptions
+    assert old.num_preemptions == 0
+    assert young.num_preemptions >= 1
+    assert scheduler.counters.preemptions == young.num_preemptions
     assert old.generated_tokens == young.generated_tokens == 20
     assert scheduler.pool.usage == 0
 
