@@ -17,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import gateway
+from engine_patch.command import launch_line
 from gateway import access, config, connect
 from gateway.config import ConfigError, Settings, Source
 from gateway.logs import logging_to
@@ -33,8 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Check and show the configuration.", no_args_is_help=True)
+engine_app = typer.Typer(help="vLLM pods with the engine patch.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys for clients.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(engine_app, name="engine")
 app.add_typer(keys_app, name="keys")
 
 Command: TypeAlias = Callable[[Settings, dict[str, Source]], None]
@@ -136,6 +139,19 @@ def connect_command(
 ) -> None:
     """Print how to point agents and SDKs at the gateway."""
     print(connect.guide(url.rstrip("/").removesuffix("/v1"), model, "KEY"), end="")
+
+
+@engine_app.command("command")
+def engine_command(
+    model: Annotated[str, typer.Argument(help="Model to serve.")],
+    extra: Annotated[
+        list[str] | None, typer.Argument(help="After --: flags for vLLM.", metavar="[-- FLAGS]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address the pod listens on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Port the pod listens on.", min=1, max=65535)] = 8000,
+) -> None:
+    """Print the line that starts a vLLM pod with the patch (docs/engine-patch.md)."""
+    print(launch_line(model, host=host, port=port, extra=extra or ()))
 
 
 @keys_app.command("new")

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import shlex
 import signal
 import socket
 import ssl
@@ -115,6 +116,29 @@ def test_config_show_gives_every_value_its_source_and_hides_secrets(tmp_path: Pa
     assert rows["log.level"] == ["info", "default"]
     assert "secret" not in result.stdout
     assert "sha256" not in result.stdout
+
+
+def test_engine_command_prints_the_launch_line_of_a_patched_pod() -> None:
+    flags = ["--max-model-len", "4096", "--served-model-name", "a name"]
+    result = cachewise(
+        *("engine", "command", "org/model", "--host", "127.0.0.1", "--port", "9", "--", *flags)
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    words = shlex.split(result.stdout)
+    assert words[:7] == ["vllm", "serve", "org/model", "--host", "127.0.0.1", "--port", "9"]
+    assert words[-4:] == flags
+    for flag in ("--scheduler-cls", "--middleware"):
+        module, _, _ = words[words.index(flag) + 1].rpartition(".")
+        assert importlib.util.find_spec(module), module
+    assert shlex.split(cachewise("engine", "command", "m").stdout)[3:7] == [
+        *("--host", "0.0.0.0", "--port", "8000")
+    ]
+
+
+def test_engine_command_refuses_a_flag_of_vllm_before_the_dashes() -> None:
+    result = cachewise("engine", "command", "m", "--max-model-len", "4096")
+    assert result.returncode == 2
+    assert "--max-model-len" in result.stderr
 
 
 def test_keys_new_prints_a_key_that_its_line_admits() -> None:
