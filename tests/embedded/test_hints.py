@@ -158,6 +158,23 @@ def test_with_hints_whoever_needs_fewest_blocks_goes_first(hinted: bool) -> None
     assert pod.scheduler.reuse.order.overtakes == hinted
 
 
+def test_a_pod_of_full_size_counts_the_evicted_tokens_that_came_back() -> None:
+    now = 0.0
+    scheduler = Scheduler(EngineConfig(), clock=lambda: now)
+    scheduler.reuse.hints.apply(*parse(envelope("another", 60.0)), now)
+    prompt_tokens, size = 240_000, scheduler.config.block_size_tokens
+    for start in (0, 100_000, 200_000, 0):  # three do not fit together
+        now += 1
+        hashes = range(start, start + prompt_tokens // size + 1)
+        scheduler.add(Request(f"{start}", prompt_tokens, size, hashes, now, f"s{start}"))
+        while (step := scheduler.schedule()) is not None:
+            scheduler.complete(step, now)
+    evicted = scheduler.pool.evicted_cached_blocks
+    returned = scheduler.reuse.ledger.tokens
+    assert evicted > 0
+    assert 0 < returned[60] == returned[600] <= 1.1 * evicted * size
+
+
 TURNS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 60), st.booleans()), max_size=25)
 
 
