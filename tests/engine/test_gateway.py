@@ -230,6 +230,7 @@ def test_two_agents_that_start_alike_are_told_apart_and_both_pods_work(gateway: 
                     model=MODEL,
                     messages=messages,
                     tools=[OPENAI_TOOL],  # type: ignore[list-item]
+                    tool_choice={"type": "function", "function": {"name": "bash"}},
                     max_tokens=200,
                 )
                 calls = answer.choices[0].message.tool_calls or ()
