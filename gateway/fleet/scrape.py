@@ -1,6 +1,6 @@
 """What a pod says of its load: the few samples of vLLM's `/metrics` that routing reads.
 
-A full Prometheus parse of vLLM's 60 KB page costs 30 times as much, nearly all of it for
+A full Prometheus parse of vLLM's 60 KB page costs some 50 times as much, nearly all of it for
 histograms nobody asks for. So the names wanted are searched for, and only their lines parsed.
 Names are those of vLLM 0.32; older ones are accepted and reported.
 """

@@ -17,7 +17,7 @@ from tests.engine import tiny_model
 
 MODEL = "tiny"
 BLOCK_SIZE_TOKENS = 32
-NUM_BLOCKS = tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
+NUM_BLOCKS = 2 * tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 
@@ -38,7 +38,8 @@ def running(model: Path, count: int, extra_flags: Sequence[str] = ()) -> Iterato
     pods: list[VllmPod] = []
     try:
         for number in range(count):
-            pods.append(_spawn(model, model.parent / f"pod-{number}.log", extra_flags))
+            log = model.parent / f"pod-{number}.log"
+            pods.append(_spawn(model, log, extra_flags))
         deadline = time.monotonic() + START_TIMEOUT_S
         for pod in pods:
             _wait_until_ready(pod, deadline)

