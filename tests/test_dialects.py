@@ -71,30 +71,34 @@ def every_event_parsed(kind: type[SseObserver]) -> SseObserver:
 
 # -- vLLM's recorded answers ----------------------------------------------------------------------
 
-LS = "bash", '{"command": "ls"}'
-TEXT_USAGE = Usage(112, 8, 96)
-TOOL_USAGE = Usage(252, 28, 224)
-RECORDED: dict[str, tuple[str, list[tuple[str, str]], Usage | None]] = {
-    "chat.sse": ("length", [], None),
-    "chat-usage.sse": ("length", [], TEXT_USAGE),
-    "chat.json": ("length", [], TEXT_USAGE),
+LS = "bash", {"command": "ls"}
+TEXT_USAGE = Usage(101, 7, 96)
+TOOL_USAGE = Usage(240, 34, 224)
+PROMPT_USAGE = Usage(84, 8, 64)
+RECORDED: dict[str, tuple[str, list[tuple[str, dict[str, str]]], Usage | None]] = {
+    "chat.sse": ("stop", [], None),
+    "chat-usage.sse": ("stop", [], TEXT_USAGE),
+    "chat.json": ("stop", [], TEXT_USAGE),
     "chat-tool.sse": ("tool_calls", [LS], None),
     "chat-tool-usage.sse": ("tool_calls", [LS], TOOL_USAGE),
     "chat-tool.json": ("tool_calls", [LS], TOOL_USAGE),
     "chat-tool-named.sse": ("stop", [LS], None),
     "chat-tool-named-usage.sse": ("stop", [LS], TOOL_USAGE),
     "chat-tool-named.json": ("stop", [LS], TOOL_USAGE),
+    "chat-tool-parallel.sse": ("tool_calls", [LS, LS], None),
     "completions.sse": ("length", [], None),
-    "completions-usage.sse": ("length", [], Usage(96, 8, 64)),
-    "completions.json": ("length", [], Usage(96, 8, 64)),
-    "messages.sse": ("max_tokens", [], TEXT_USAGE),
-    "messages.json": ("max_tokens", [], TEXT_USAGE),
+    "completions-usage.sse": ("length", [], PROMPT_USAGE),
+    "completions.json": ("length", [], PROMPT_USAGE),
+    "messages.sse": ("end_turn", [], TEXT_USAGE),
+    "messages.json": ("end_turn", [], TEXT_USAGE),
     "messages-tool.sse": ("tool_use", [LS], TOOL_USAGE),
-    "messages-tool.json": ("tool_use", [("bash", '{"command":"ls"}')], TOOL_USAGE),
-    "responses.sse": ("incomplete", [], TEXT_USAGE),
-    "responses.json": ("incomplete", [], TEXT_USAGE),
+    "messages-tool.json": ("tool_use", [LS], TOOL_USAGE),
+    "messages-tool-parallel.sse": ("tool_use", [LS, LS], Usage(240, 68, 224)),
+    "responses.sse": ("completed", [], TEXT_USAGE),
+    "responses.json": ("completed", [], TEXT_USAGE),
     "responses-tool.sse": ("completed", [LS], TOOL_USAGE),
     "responses-tool.json": ("completed", [LS], TOOL_USAGE),
+    "responses-tool-parallel.sse": ("completed", [LS, LS], Usage(240, 70, 224)),
 }
 """Stop reason, calls and usage of each sample. vLLM's messages API leaves the cached tokens out of
 ``input_tokens`` at the end, and counts them in at the start; the same prompt over the other
@@ -106,6 +110,7 @@ def test_every_recorded_answer_has_an_expectation() -> None:
         path.name
         for path in VLLM.iterdir()
         if "error" not in path.name
+        and "sigterm" not in path.name  # streams that stall without an end
         and path.name not in {"models.json", "version.json", "tokenize.json", "count_tokens.json"}
     }
     assert answers == set(RECORDED)
@@ -119,7 +124,7 @@ def test_the_outcome_of_a_recorded_answer_is_read(name: str) -> None:
     outcome = watch(observer, path.read_bytes())
     stop_reason, calls, usage = RECORDED[name]
     assert outcome.stop_reason == stop_reason
-    assert [(call.name, call.arguments) for call in outcome.tool_calls] == calls
+    assert [(call.name, orjson.loads(call.arguments)) for call in outcome.tool_calls] == calls
     assert all(call.id.startswith("chatcmpl-tool-") for call in outcome.tool_calls)
     assert outcome.usage == usage
     assert outcome.response_id is not None
@@ -132,6 +137,14 @@ def test_a_recorded_error_is_seen_as_one(path: Path) -> None:
     outcome = watch(dialect_of(path).whole(), path.read_bytes())
     assert outcome.error
     assert outcome.usage is None
+    assert outcome.tool_calls == []
+
+
+@pytest.mark.parametrize("path", sorted(VLLM.glob("*-sigterm.sse")), ids=lambda path: path.name)
+def test_a_recorded_stream_that_stalls_has_an_id_but_no_end(path: Path) -> None:
+    outcome = watch(dialect_of(path).stream(), path.read_bytes())
+    assert outcome.response_id is not None
+    assert outcome.stop_reason is None
     assert outcome.tool_calls == []
 
 
@@ -293,6 +306,20 @@ MADE: dict[str, tuple[type[SseObserver], bytes, TurnOutcome]] = {
             "tool_use",
             Usage(123, 40, 100),
         ),
+    ),
+    "chat, aborted": (
+        ChatStream,
+        sse(chat_chunk({"content": "a"}), chat_chunk({}, "abort")),
+        TurnOutcome("chatcmpl-1", stop_reason="abort", error=True),
+    ),
+    "messages, aborted": (
+        MessagesStream,
+        sse(
+            {"type": "message_start", "message": {"id": "msg_1"}},
+            {"type": "message_delta", "delta": {"stop_reason": None}},
+            {"type": "message_stop"},
+        ),
+        TurnOutcome("msg_1", error=True),
     ),
     "messages, error": (
         MessagesStream,
