@@ -340,6 +340,12 @@ MADE: dict[str, tuple[type[SseObserver], bytes, TurnOutcome]] = {
             Usage(50, 7, 32),
         ),
     ),
+    "responses, data on several lines": (
+        ResponsesStream,
+        b'event: response.failed\ndata: {"type":"response.failed",\n'
+        b'data: "response":{"id":"r",\ndata: "status":"failed"}}\n\n',
+        TurnOutcome("r", stop_reason="failed", error=True),
+    ),
     "responses, failed": (
         ResponsesStream,
         sse({"type": "response.failed", "response": {"id": "r", "status": "failed"}}),
