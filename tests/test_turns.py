@@ -286,6 +286,57 @@ async def test_wrong_questions_to_the_sessions_api_are_400s() -> None:
         assert (await gateway.get("/v1/cachewise/sessions?state=idle")).json["data"] == []
 
 
+# -- the end of a turn -----------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_after_the_last_event_has_had_its_answer() -> None:
+    """As the SDKs do: they close the connection at ``[DONE]``, before the stream's last byte."""
+    call = {"index": 0, "id": "c1", "function": {"name": "bash", "arguments": "{}"}}
+    events = [
+        {"id": "1", "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]},
+        {"id": "1", "choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
+    ]
+
+    async def never_ends(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        for event in events:
+            exchange.chunk(b"data: %b\n\n" % json.dumps(event).encode())
+        exchange.chunk(b"data: [DONE]\n\n")
+        await exchange.gone.wait()
+
+    async with Pod(never_ends) as pod, gateway_over(pod) as gateway:
+        body = json.dumps(body_of("chat", stream=True))
+        url = gateway.url + PATHS["chat"]
+        async with gateway.client.post(url, data=body) as response:
+            seen = b""
+            while b"[DONE]" not in seen:
+                seen += await response.content.readany()
+            response.close()
+        await until(gateway.settled)
+        (session,) = gateway.gateway.sessions
+        assert (session.idle_kind, session.waiting_for) == ("tool", ("bash",))
+        sample = 'cachewise_turns_total{client="other",outcome="ok",wire="chat"}'
+        assert await gateway.metric(sample) == 1
+
+
+async def test_a_client_that_leaves_before_the_last_event_has_not() -> None:
+    async def never_ends(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        exchange.chunk(b'data: {"id": "1", "choices": [{"index": 0, "delta": {}}]}\n\n')
+        await exchange.gone.wait()
+
+    async with Pod(never_ends) as pod, gateway_over(pod) as gateway:
+        body = json.dumps(body_of("chat", stream=True))
+        async with gateway.client.post(gateway.url + PATHS["chat"], data=body) as response:
+            await response.content.readany()
+            response.close()
+        await until(gateway.settled)
+        (session,) = gateway.gateway.sessions
+        assert session.idle_kind is None
+        sample = 'cachewise_turns_total{client="other",outcome="client_gone",wire="chat"}'
+        assert await gateway.metric(sample) == 1
+
+
 # -- what pods are told ----------------------------------------------------------------------------
 
 
