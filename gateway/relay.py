@@ -202,9 +202,10 @@ class Answer:
         self._lost = protocol.closed if protocol is not None else None
         if self._lost is not None:
             self._lost.add_done_callback(self._connection_lost)
+            self._lost.remove_done_callback(_retrieve)
+            self._lost.add_done_callback(_retrieve)  # once, and there when this answer is closed
 
-    def _connection_lost(self, lost: asyncio.Future[None]) -> None:
-        lost.exception()
+    def _connection_lost(self, _: asyncio.Future[None]) -> None:
         content = self._response.content
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError("the connection broke"))
@@ -274,6 +275,10 @@ class Answer:
             self._response.release()
         else:
             self._response.close()
+
+
+def _retrieve(lost: asyncio.Future[None]) -> None:
+    lost.exception()
 
 
 def nominated(headers: HeaderList) -> frozenset[bytes]:
