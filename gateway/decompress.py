@@ -63,12 +63,10 @@ def _brotli(body: bytes, limit_bytes: int) -> bytes:
     size = 0
     for at in range(0, len(body), _STEP_BYTES):
         piece = decoder.process(body[at : at + _STEP_BYTES], output_buffer_limit=_STEP_BYTES)
-        while True:
+        while piece:
             out.append(piece)
             if (size := size + len(piece)) > limit_bytes:
                 raise too_large(limit_bytes)
-            if decoder.can_accept_more_data():
-                break
             piece = decoder.process(b"", output_buffer_limit=_STEP_BYTES)
     if not decoder.is_finished():
         raise EOFError("it ends too early")

@@ -296,6 +296,8 @@ class TurnFlow:
         outcome = self._finish_observer()
         gateway = self.gateway
         turn = self.turn
+        if self.outcome == "client_gone" and outcome is not None and outcome.stop_reason:
+            self.outcome = "ok"  # SDKs close the connection once they have read the last event
         if turn is not None:
             try:
                 answered = self.outcome == "ok" and outcome is not None and not outcome.error

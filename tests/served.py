@@ -292,7 +292,7 @@ async def gateway_over(*pods: Pod | str, **settings: Any) -> AsyncIterator[Runni
                 await asyncio.wait(state.tasks, timeout=5)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait until it holds; `TimeoutError` if it never does."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 (conditions over plain state)

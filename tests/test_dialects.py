@@ -140,6 +140,14 @@ def test_a_recorded_error_is_seen_as_one(path: Path) -> None:
     assert outcome.tool_calls == []
 
 
+@pytest.mark.parametrize("path", sorted(VLLM.glob("*-sigterm.sse")), ids=lambda path: path.name)
+def test_a_recorded_stream_that_stalls_has_an_id_but_no_end(path: Path) -> None:
+    outcome = watch(dialect_of(path).stream(), path.read_bytes())
+    assert outcome.response_id is not None
+    assert outcome.stop_reason is None
+    assert outcome.tool_calls == []
+
+
 # -- streams are read alike however they are cut --------------------------------------------------
 
 
@@ -299,6 +307,20 @@ MADE: dict[str, tuple[type[SseObserver], bytes, TurnOutcome]] = {
             Usage(123, 40, 100),
         ),
     ),
+    "chat, aborted": (
+        ChatStream,
+        sse(chat_chunk({"content": "a"}), chat_chunk({}, "abort")),
+        TurnOutcome("chatcmpl-1", stop_reason="abort", error=True),
+    ),
+    "messages, aborted": (
+        MessagesStream,
+        sse(
+            {"type": "message_start", "message": {"id": "msg_1"}},
+            {"type": "message_delta", "delta": {"stop_reason": None}},
+            {"type": "message_stop"},
+        ),
+        TurnOutcome("msg_1", error=True),
+    ),
     "messages, error": (
         MessagesStream,
         sse({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}),
@@ -317,6 +339,12 @@ MADE: dict[str, tuple[type[SseObserver], bytes, TurnOutcome]] = {
             "completed",
             Usage(50, 7, 32),
         ),
+    ),
+    "responses, data on several lines": (
+        ResponsesStream,
+        b'event: response.failed\ndata: {"type":"response.failed",\n'
+        b'data: "response":{"id":"r",\ndata: "status":"failed"}}\n\n',
+        TurnOutcome("r", stop_reason="failed", error=True),
     ),
     "responses, failed": (
         ResponsesStream,

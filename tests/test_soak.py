@@ -31,7 +31,7 @@ from tests.served import (
 )
 
 STREAMS = 1000
-SPEEDUP = 1.5
+SPEEDUP = 1.0
 FATES = ("stays",) * 6 + ("leaves at connect", "leaves waiting", "leaves mid-stream", "leaves soon")
 
 
@@ -66,7 +66,7 @@ class Client:
         else:
             body["prompt" if wire == "completions" else "input"] = said
         headers = {
-            "x-embedded-script": json.dumps({"output_tokens": rng.randint(500, 1500)}),
+            "x-embedded-script": json.dumps({"output_tokens": rng.randint(40, 250)}),
             "x-session-id": f"s{self.number % 300}",
             "authorization": f"Bearer k{self.number % 7}",
         }
@@ -151,8 +151,9 @@ def test_a_thousand_streams_with_leaving_clients_and_a_dying_pod_leave_nothing_b
 
 
 async def soak() -> None:
-    connections = psutil.Process().net_connections
-    tasks_before, connections_before = asyncio.all_tasks(), len(connections("all"))
+    process = psutil.Process()
+    tasks_before = asyncio.all_tasks()
+    sockets_before = len(process.net_connections("inet"))
     with logged() as log:
         async with EmbeddedFleet(pods=3, speedup=SPEEDUP) as fleet:
             async with gateway_over(*fleet.urls, probe={"interval_s": 0.5}) as gateway:
@@ -166,8 +167,9 @@ async def soak() -> None:
 
                     async def die_in_the_middle() -> None:
                         nonlocal at_once
-                        await until(lambda: len(gateway.server.tasks) > STREAMS // 2, 30)
-                        await until(lambda: any(c.result == "complete" for c in clients), 60)
+                        await until(
+                            lambda: sum(c.result == "complete" for c in clients) > STREAMS // 20, 60
+                        )
                         at_once = len(gateway.server.tasks)
                         assert fleet.pods[1].num_requests
                         await fleet.kill(1)
@@ -195,9 +197,8 @@ async def soak() -> None:
                 assert judge("chat", False, reply) == "complete"
             await until(lambda: not any(s.state.connections for s in fleet._servers))
     await until(lambda: asyncio.all_tasks() == tasks_before)
-    await until(lambda: len(connections("all")) <= connections_before)
+    await until(lambda: len(process.net_connections("inet")) == sockets_before)
     assert log.errors == []
-    print(dict(results), "at once:", at_once)
 
 
 def _servers(fleet: EmbeddedFleet) -> set[asyncio.Task[Any]]:

@@ -159,6 +159,7 @@ class ChatStream(SseObserver):
                 self._fragment((number, as_count(call.get("index"))), call)
             if stop_reason := as_str(choice.get("finish_reason")):
                 outcome.stop_reason = stop_reason
+                outcome.error = outcome.error or stop_reason == "abort"  # vLLM's, on shutdown
                 self._close_calls(number)
         outcome.usage = usage_of(data.get("usage")) or outcome.usage
 

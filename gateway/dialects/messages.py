@@ -186,6 +186,9 @@ class MessagesStream(SseObserver):
                     as_str((data.get("delta") or {}).get("stop_reason")) or outcome.stop_reason
                 )
                 outcome.usage = merge_usage(outcome.usage, data.get("usage"))
+            case "message_stop":
+                # vLLM ends a stream without a reason when it aborts the request.
+                outcome.error = outcome.error or outcome.stop_reason is None
             case "error":
                 outcome.error = True
 

@@ -24,6 +24,8 @@ from tests.engine.test_pods import ANTHROPIC_TOOL, OPENAI_TOOL, RESPONSES_TOOL, 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 KEY = "any-key"
+MAX_TURNS = tiny_model.TOOL_CALLS + 4
+"""The tiny model answers after `TOOL_CALLS` results; it may ask for several calls at once."""
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +66,17 @@ def only_new(gateway: str, before: list[dict[str, Any]]) -> dict[str, Any]:
     return session
 
 
-def check_session(session: dict[str, Any], client: str, by: str) -> None:
+def check_session(
+    session: dict[str, Any], client: str, by: str, turns: int, tool_calls: int
+) -> None:
     assert session["client"] == client
     assert session["identified_by"] == by
-    assert session["turns"] == tiny_model.TOOL_CALLS + 1
-    assert session["tool_calls"] == tiny_model.TOOL_CALLS
+    assert session["turns"] == turns > 1
+    assert session["tool_calls"] == tool_calls > 0
     assert session["prefix_breaks"] == 0
     assert session["idle_kind"] == "human"
     assert session["last_gap"]["kind"] == "tool"
-    assert session["last_gap"]["tools"] == ["bash"]
+    assert set(session["last_gap"]["tools"]) == {"bash"}
     assert session["last_gap"]["seconds"] >= 0.2
 
 
@@ -87,9 +91,9 @@ def test_chat_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str, stream:
     before = sessions_of(gateway)
     text = f"Why does the build fail (stream {stream})? " + "Look closely. " * 30
     messages: list[Any] = [{"role": "user", "content": text}]
-    cached, prompts, pods = [], [], set()
+    cached, prompts, pods, called = [], [], set(), 0
     with openai.OpenAI(base_url=f"{gateway}/v1", api_key=KEY) as client:
-        for _ in range(tiny_model.TOOL_CALLS + 1):
+        for _ in range(MAX_TURNS):
             raw = client.chat.completions.with_raw_response.create(
                 model=MODEL,
                 messages=messages,
@@ -120,6 +124,7 @@ def test_chat_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str, stream:
                 ]
             cached.append(usage.prompt_tokens_details.cached_tokens)
             prompts.append(usage.prompt_tokens)
+            called += len(calls)
             if not calls:
                 break
             assert fits_schema(json.loads(calls[0]["arguments"]))
@@ -144,15 +149,15 @@ def test_chat_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str, stream:
             ]
     assert len(pods) == 1
     check_cached(cached, prompts)
-    check_session(only_new(gateway, before), "openai-sdk", "new")
+    check_session(only_new(gateway, before), "openai-sdk", "new", len(prompts), called)
 
 
 def test_anthropic_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) -> None:
     before = sessions_of(gateway)
     messages: list[Any] = [{"role": "user", "content": "Mend the test. " + "Be careful. " * 40}]
-    cached, prompts = [], []
+    cached, prompts, called = [], [], 0
     with anthropic.Anthropic(base_url=gateway, api_key=KEY) as client:
-        for _ in range(tiny_model.TOOL_CALLS + 1):
+        for _ in range(MAX_TURNS):
             with client.messages.stream(
                 model=MODEL,
                 messages=messages,
@@ -164,6 +169,7 @@ def test_anthropic_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) ->
             cached.append(answer.usage.cache_read_input_tokens or 0)
             prompts.append(answer.usage.input_tokens + cached[-1])
             calls = [block for block in answer.content if block.type == "tool_use"]
+            called += len(calls)
             if not calls:
                 break
             assert fits_schema(calls[0].input)
@@ -179,15 +185,17 @@ def test_anthropic_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) ->
                 },
             ]
     check_cached(cached, prompts)
-    check_session(only_new(gateway, before), "anthropic-sdk", "x-claude-code-session-id")
+    session = only_new(gateway, before)
+    by = "x-claude-code-session-id"
+    check_session(session, "anthropic-sdk", by, len(prompts), called)
 
 
 def test_responses_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) -> None:
     before = sessions_of(gateway)
     items: list[Any] = [{"role": "user", "content": "Find the bug. " + "Read all of it. " * 40}]
-    cached, prompts = [], []
+    cached, prompts, called = [], [], 0
     with openai.OpenAI(base_url=f"{gateway}/v1", api_key=KEY) as client:
-        for _ in range(tiny_model.TOOL_CALLS + 1):
+        for _ in range(MAX_TURNS):
             answer = client.responses.create(
                 model=MODEL,
                 input=items,
@@ -198,6 +206,7 @@ def test_responses_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) ->
             cached.append(answer.usage.input_tokens_details.cached_tokens)
             prompts.append(answer.usage.input_tokens)
             calls = [item for item in answer.output if item.type == "function_call"]
+            called += len(calls)
             if not calls:
                 break
             time.sleep(0.25)
@@ -207,7 +216,7 @@ def test_responses_turns_of_one_agent_hit_one_pods_prefix_cache(gateway: str) ->
                 for call in calls
             ]
     check_cached(cached, prompts)
-    check_session(only_new(gateway, before), "openai-sdk", "thread-id")
+    check_session(only_new(gateway, before), "openai-sdk", "thread-id", len(prompts), called)
 
 
 def test_two_agents_that_start_alike_are_told_apart_and_both_pods_work(gateway: str) -> None:
@@ -221,12 +230,20 @@ def test_two_agents_that_start_alike_are_told_apart_and_both_pods_work(gateway: 
                     model=MODEL,
                     messages=messages,
                     tools=[OPENAI_TOOL],  # type: ignore[list-item]
+                    tool_choice={"type": "function", "function": {"name": "bash"}},
                     max_tokens=200,
                 )
-                (call,) = answer.choices[0].message.tool_calls or ()
+                calls = answer.choices[0].message.tool_calls or ()
+                assert calls
+                messages.append(
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [call.to_dict() for call in calls],
+                    }
+                )
                 messages += [
-                    {"role": "assistant", "content": None, "tool_calls": [call.to_dict()]},
-                    {"role": "tool", "tool_call_id": call.id, "content": "ok"},
+                    {"role": "tool", "tool_call_id": call.id, "content": "ok"} for call in calls
                 ]
     known = {session["id"] for session in before}
     new = [session for session in sessions_of(gateway) if session["id"] not in known]

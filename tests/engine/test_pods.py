@@ -44,7 +44,7 @@ async def post(pod: VllmPod, path: str, body: dict[str, Any], **headers: str) ->
 
 
 async def load_of(pod: VllmPod) -> PodLoad:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         return parse_load((await client.get(f"{pod.url}/metrics")).text)
 
 
