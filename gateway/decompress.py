@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import zlib
 from collections.abc import Callable
 
@@ -30,11 +32,19 @@ def decompress(body: bytes, coding: str, limit_bytes: int) -> bytes:
             )
         try:
             body = undo(body, limit_bytes)
-        except (zlib.error, brotli.error, zstandard.ZstdError, EOFError) as error:
+        except (gzip.BadGzipFile, zlib.error, brotli.error, zstandard.ZstdError, EOFError) as error:
             raise GatewayError(
                 400, "invalid_encoding", f"The request body is not valid {name}: {error}"
             ) from None
     return body
+
+
+def _gzip(body: bytes, limit_bytes: int) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(body)) as members:
+        out = members.read(limit_bytes + 1)
+    if len(out) > limit_bytes:
+        raise too_large(limit_bytes)
+    return out
 
 
 def _zlib(window_bits: int) -> Callable[[bytes, int], bytes]:
@@ -74,7 +84,7 @@ def _brotli(body: bytes, limit_bytes: int) -> bytes:
 
 
 def _zstd(body: bytes, limit_bytes: int) -> bytes:
-    with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+    with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
         out = reader.read(limit_bytes + 1)
     if len(out) > limit_bytes:
         raise too_large(limit_bytes)
@@ -82,8 +92,8 @@ def _zstd(body: bytes, limit_bytes: int) -> bytes:
 
 
 _DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
-    "gzip": _zlib(zlib.MAX_WBITS | 16),
-    "x-gzip": _zlib(zlib.MAX_WBITS | 16),
+    "gzip": _gzip,
+    "x-gzip": _gzip,
     "deflate": _deflate,
     "br": _brotli,
     "zstd": _zstd,

@@ -44,13 +44,14 @@ NOT_SENT_ON = HOP_BY_HOP | {
     b"content-length",
     b"expect",
     b"host",
+    b"x-cachewise-admin-token",
     b"x-cachewise-priority",
     b"x-cachewise-route",
     b"x-session-id",
 }
 """Request headers the gateway answers for itself. Pods answer uncompressed, so that the observer
 can read; the body was decompressed; the session id is the gateway's own."""
-CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"x-cachewise-admin-token"})
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
 
 MAX_WHOLE_BYTES = 8 * 1024 * 1024
@@ -127,6 +128,8 @@ class Relay:
     ) -> list[tuple[str, str]]:
         """The client's headers as the pod gets them."""
         drop = self._not_sent_on | nominated(headers)
+        if pod.api_key is not None:
+            drop |= {b"authorization"}  # the pod's key stands in its place
         sent = [
             (name.decode("latin-1"), value.decode(errors="replace"))
             for name, value in headers

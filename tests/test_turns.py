@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import brotli
@@ -30,11 +31,13 @@ def bearer(key: str) -> dict[str, str]:
 
 # -- request bodies --------------------------------------------------------------------------------
 
-CODERS = {
+CODERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
     "br": brotli.compress,
     "zstd": zstandard.ZstdCompressor().compress,
+    "x-gzip": lambda data: gzip.compress(data[:7]) + gzip.compress(data[7:]),
+    "zstd, identity": lambda data: CODERS["zstd"](data[:7]) + CODERS["zstd"](data[7:]),
     "gzip, br": lambda data: brotli.compress(gzip.compress(data)),
     "identity": bytes,
 }
@@ -250,8 +253,10 @@ async def test_two_tenants_never_share_a_session() -> None:
 async def test_a_clients_key_stays_here_unless_told_otherwise(forward: bool) -> None:
     access = {"forward_client_key": forward}
     async with Pod() as pod, gateway_over(pod, access=access) as gateway:
-        await gateway.post("chat", headers=bearer(ACME) | {"x-api-key": OTHER})
+        admin = {"x-cachewise-admin-token": "adm1n"}
+        await gateway.post("chat", headers=bearer(ACME) | {"x-api-key": OTHER} | admin)
         turn = pod.turns[0]
+        assert turn.header(b"x-cachewise-admin-token") == []
         assert turn.header(b"authorization") == ([b"Bearer " + ACME.encode()] if forward else [])
         assert turn.header(b"x-api-key") == ([OTHER.encode()] if forward else [])
 
