@@ -64,6 +64,7 @@ def create_app(settings: Settings) -> App:
                 await stack.enter_async_context(embedded_fleet(gateway))
             await stack.enter_async_context(gateway.relay)
             await stack.enter_async_context(gateway.fleet.watched())
+            await stack.enter_async_context(gateway.foresight.kept())
             await stack.enter_async_context(housekeeping(gateway))
             yield
             gateway.draining = True
@@ -129,7 +130,9 @@ async def housekeeping(gateway: Gateway) -> AsyncIterator[None]:
             await asyncio.sleep(HOUSEKEEPING_S)
             lags.append(max(0.0, time.monotonic() - due))
             gateway.metrics.loop_lag.set(max(lags))
-            for session in gateway.sessions.expire(time.monotonic()):
+            now = time.monotonic()
+            for session in gateway.sessions.expire(now):
+                gateway.foresight.given_up(session, now)
                 for pod in gateway.fleet:
                     pod.residency.drop(session.sid)
 
@@ -196,6 +199,7 @@ class Plain:
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         gateway = self.gateway
+        gateway.metrics.forecast_nodes.set(len(gateway.foresight.predictor.table))
         gateway.metrics.refresh(gateway.fleet, gateway.sessions, dropped_total())
         return Response(
             generate_latest(gateway.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST}

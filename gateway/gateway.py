@@ -10,6 +10,7 @@ from gateway.access import Access, Tenant
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.fleet.fleet import Fleet
+from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
@@ -30,6 +31,7 @@ class Gateway:
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
+        self.foresight = Foresight(settings.forecast, self.metrics)
         self.aliases = dict(settings.models.aliases)
         self.draining = False
         self.turns_routed = 0

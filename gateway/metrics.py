@@ -162,6 +162,33 @@ class Metrics:
                 registry=registry,
             )
         )
+        self.forecasts = Family(
+            Counter(
+                "cachewise_forecast_gaps",
+                "Gaps that ended and had been forecast.",
+                ("tool_kind",),
+                registry=registry,
+            )
+        )
+        self.forecasts_below = Family(
+            Counter(
+                "cachewise_forecast_gaps_below",
+                "Of these, gaps no longer than the quantile forecast for them.",
+                ("tool_kind", "quantile"),
+                registry=registry,
+            )
+        )
+        self.forecast_nodes = Gauge(
+            "cachewise_forecast_nodes",
+            "Places in the forecast's hierarchy of tools, programs, tenants and sessions.",
+            registry=registry,
+        )
+        self.forecast_saves = Counter(
+            "cachewise_forecast_saves",
+            "Saves of what the forecast has learned, by how they ended.",
+            ("result",),
+            registry=registry,
+        )
         self.prefix_breaks = Counter(
             "cachewise_prefix_breaks",
             "Turns whose prompt did not extend the one before, by cause.",
@@ -295,8 +322,13 @@ LABELS = {
     "policy": "the routing policy",
     "reason": "`only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
     " [how it works](how-it-works.md)",
-    "stage": "where a fault was survived: `session`, `route`, `observe`, `settle`",
+    "stage": "where a fault was survived: `session`, `route`, `observe`, `settle`, `forecast`",
     "status": "an HTTP status code",
+    "tool_kind": "what was waited for: `shell`, `poll`, `read`, `edit`, `search`, `plan`,"
+    " `subagent`, `message`, `web`, `human`, `background`, `mcp`, `other`, `ended`",
+    "quantile": "`0.025`, `0.1`, `0.25`, `0.5`, `0.75`, `0.9`, `0.975`; calibrated, the share of"
+    " gaps below is just this number",
+    "result": "`ok`, `failed`",
     "state": "`running`, `idle`, `ended`",
 }
 

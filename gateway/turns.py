@@ -161,6 +161,11 @@ class TurnFlow:
             return None
         metrics = gateway.metrics
         metrics.identified[turn.identified_by,].inc()
+        try:
+            gap_s = turn.gap.seconds if turn.gap is not None else None
+            gateway.foresight.came_back(turn.session, gap_s, self.headers)
+        except Exception:
+            self._degraded("forecast")
         if turn.gap is not None:
             metrics.gaps[turn.gap.kind,].observe(turn.gap.seconds)
         if turn.change.cause is not None:
@@ -298,6 +303,7 @@ class TurnFlow:
         turn = self.turn
         if self.outcome == "client_gone" and outcome is not None and outcome.stop_reason:
             self.outcome = "ok"  # SDKs close the connection once they have read the last event
+        answered = False
         if turn is not None:
             try:
                 answered = self.outcome == "ok" and outcome is not None and not outcome.error
@@ -305,11 +311,20 @@ class TurnFlow:
                 self._learn(turn, outcome)
             except Exception:
                 self._degraded("settle")
+            if answered and outcome is not None:
+                self._foresee(turn, outcome)
         wire = self.dialect.wire
         client = turn.session.client if turn is not None else "other"
         gateway.metrics.turns[wire, client, self.outcome].inc()
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
         self._log(now, outcome)
+
+    def _foresee(self, turn: Turn, outcome: TurnOutcome) -> None:
+        """When the session will be back, now that it is idle."""
+        try:
+            self.gateway.foresight.fell_idle(turn.session, outcome.tool_calls)
+        except Exception:
+            self._degraded("forecast")
 
     def _finish_observer(self) -> TurnOutcome | None:
         observer = self.observer

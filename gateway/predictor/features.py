@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import log10
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -23,18 +22,16 @@ MAX_DECLARED_S: Final = 86_400.0
 KIND_INDEX: Final = {kind: float(i) for i, kind in enumerate(KINDS)}
 
 
-@dataclass(slots=True, frozen=True)
-class CallFeatures:
-    """One tool call. Words are safe to keep (`gateway.predictor.shell.safe_word`); ``digest``
-    tells equal calls within this process and is never kept beyond it."""
+class CallWords(NamedTuple):
+    """What names a tool call's nodes. The words are safe to keep
+    (`gateway.predictor.shell.safe_word`); ``digest`` tells equal calls within this process and is
+    never kept beyond it."""
 
     kind: str
     tool: str
     program: str
     sub: str
     digest: int
-    numbers: tuple[float, ...]
-    """See `NUMBERS`."""
 
 
 NUMBERS: Final = (
@@ -48,7 +45,6 @@ NUMBERS: Final = (
     "pipes",
     "shape",
     "second_weight",
-    "option",
 )
 """Names of a call's numbers, in order."""
 
@@ -89,8 +85,9 @@ def _tool_word(name: str) -> str:
     return "__".join(word for word in words if word)[:48] or UNKNOWN
 
 
-def features_of(call: ToolCall) -> CallFeatures:
-    """A call's features. Never raises; bounded in time whatever the arguments hold."""
+def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
+    """A call's words and its numbers (`NUMBERS`). Never raises; bounded in time whatever the
+    arguments hold."""
     name = call.name[:128]
     kind = kind_of(name)
     arguments = call.arguments
@@ -130,13 +127,10 @@ def features_of(call: ToolCall) -> CallFeatures:
         shape = 0.0 if block is None else 1.0 + (block is True)
         typed = fields.get("chars")
         second = float(bool(typed))
-    return CallFeatures(
-        kind,
-        _tool_word(name),
-        program,
-        sub,
-        hash((name, arguments[:DIGEST_CHARS], call.arguments_chars)),
-        (
+    digest = hash((name, arguments[:DIGEST_CHARS], call.arguments_chars))
+    return (
+        CallWords(kind, _tool_word(name), program, sub, digest),
+        [
             KIND_INDEX[kind],
             log10(1 + call.arguments_chars),
             log10(1 + timeout_s),
@@ -147,8 +141,7 @@ def features_of(call: ToolCall) -> CallFeatures:
             float(pipes),
             shape,
             second,
-            0.0,
-        ),
+        ],
     )
 
 

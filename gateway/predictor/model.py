@@ -5,10 +5,10 @@ Nodes stand in a hierarchy from the general to the particular:
     tool kind → tool → program → subcommand → this tenant's → this session's (→ this very call)
 
 Means of log time are shrunk level by level towards the level above,
-``(n m + k m_above) / (n + k)``, and become the features of the trained correction, which gives a distribution. Histograms of the
-same nodes are blended the same way on top of it. How much the blend counts against the correction
-alone is learned for each tool from which of the two has forecast better: traffic unlike the
-training data is soon forecast from itself.
+``(n m + k m_above) / (n + k)``, and become the features of the trained correction, which gives a
+distribution. Histograms of the same nodes are blended the same way on top of it. How much the
+blend counts against the correction alone is learned for each tool from which of the two has
+forecast better: traffic unlike the training data is soon forecast from itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind
 from gateway.predictor.correction import Correction
-from gateway.predictor.features import CallFeatures, features_of
+from gateway.predictor.features import CallWords, features_of
 from gateway.predictor.forecast import Forecast
 from gateway.predictor.grid import BINS, EDGES, bin_of, log_s
 from gateway.predictor.table import (
@@ -63,8 +63,12 @@ _SLOW: Final = 0.7, 0.5
 """A wait is slow that lasts 10^0.7 times what was expected, and over 10^0.5 s: a person was
 asked."""
 
+ASKED_S: Final = 5.0
+"""A gap longer by this than its tools ran was spent on a person's permission, not on the client's
+own work."""
 _CLIENTS: Final = {"claude-code": 1.0, "codex": 2.0}
 
+_LEAST: Final = np.float32(1e-4)
 _SPREAD: Final = np.diff(np.array(EDGES)).astype(np.float32) / np.float32(EDGES[-1] - EDGES[0])
 
 
@@ -82,17 +86,16 @@ class Context:
 class CallBasis:
     """A call as forecast: what learning from its outcome needs."""
 
-    features: CallFeatures
-    shared: tuple[Hashable, ...]
-    session: tuple[Hashable, ...]
+    words: CallWords
     expected_log_s: float
     """Of the shared nodes, before this session's own history."""
-    x: NDArray[np.float32]
-    corrected: NDArray[np.float32]
-    blended: NDArray[np.float32]
-    masses: NDArray[np.float32]
     level: float
-    """Mean of ``masses`` in log10 s."""
+    """Mean of the call's distribution in log10 s: what ranks parallel calls."""
+    gain: NDArray[np.float16]
+    """By how much the histograms said more than the correction, log likelihood for each bin."""
+    masses: NDArray[np.float32]
+    x: NDArray[np.float32] | None = None
+    """The features, where `Predictor.keep_features` asks for them."""
 
 
 @dataclass(slots=True)
@@ -148,7 +151,8 @@ _CENTRES: Final = ((np.array(EDGES[:-1]) + np.array(EDGES[1:])) / 2).astype(np.f
 class Predictor:
     """Forecasts gaps and learns from them. Not for use by two threads at once.
 
-    ``learn_shared`` off keeps what a session teaches to that session (benchmarks).
+    ``learn_shared`` off keeps what a session teaches to that session, ``keep_features`` leaves each
+    call's features in the forecast's basis: both for benchmarks and training.
     """
 
     table: NodeTable = field(default_factory=lambda: NodeTable(MAX_NODES))
@@ -157,6 +161,7 @@ class Predictor:
     overheads: dict[str, Overhead] = field(default_factory=dict)
     observed_total: int = 0
     learn_shared: bool = True
+    keep_features: bool = False
 
     # -- forecasting -----------------------------------------------------------------------------
 
@@ -166,46 +171,24 @@ class Predictor:
         """The gap that begins now, after a response with these tool calls."""
         if not calls or idle_kind in ("ended", "background"):
             return self._wait(idle_kind, context)
-        seen = [self._look(features_of(call), context) for call in calls[:MAX_CALLS]]
-        bases = []
+        seen = [self._look(*features_of(call), context) for call in calls[:MAX_CALLS]]
         expected = [look.expected for look in seen]
-        for i, look in enumerate(seen):
-            bases.append(self._call(look, i, expected, context))
+        bases = [self._call(look, i, expected, context) for i, look in enumerate(seen)]
         offset_s = self._offset_s(context.client)
         masses = bases[0].masses if len(bases) == 1 else _longest(bases)
         lead = max(bases, key=_level)
         return Forecast(
             masses,
-            self._p_return(idle_kind, lead.features.kind),
+            self._p_return(idle_kind, lead.words.kind),
             idle_kind,
             offset_s,
             Basis(idle_kind, context, bases, ()),
         )
 
-    def _look(self, f: CallFeatures, context: Context) -> _Look:
+    def _look(self, words: CallWords, numbers: list[float], context: Context) -> _Look:
         """Find a call's nodes and shrink the means of the shared ones."""
-        kind, tool, program, sub = f.kind, f.tool, f.program, f.sub
-        shared: tuple[Hashable, ...] = (
-            ("kind", kind),
-            ("tool", tool),
-            ("program", kind, program),
-            ("sub", tool, program, sub),
-            ("tenant", context.tenant, tool, program, sub),
-        )
-        s = hash(context.session)
-        session: tuple[Hashable, ...] = (
-            hash((s, 0)),
-            hash((s, 1, kind)),
-            hash((s, 2, tool, program)),
-            hash((s, 3, tool, program, sub)),
-            hash((s, 4, f.digest)),
-            hash((s, 5)),
-            hash((s, 6, kind)),
-            hash((s, 7)),
-        )
         find = self.table.find
-        rows = [find(key, EMPTY_ROW) for key in shared]
-        rows += [find(key, EMPTY_ROW) for key in session]
+        rows = [find(key, EMPTY_ROW) for key in _keys(words, context)]
         stats = self.table.stats.take(rows, axis=0).tolist()
         x: list[float] = []
         m = 0.0
@@ -217,7 +200,7 @@ class Predictor:
         if n:
             m = (n * stats[4][MEAN] + 5.0 * m) / (n + 5.0)
             x[9] = m
-        return _Look(f, shared, session, rows, stats, x, m)
+        return _Look(words, numbers, rows, stats, x, m)
 
     def _call(self, look: _Look, place: int, expected: list[float], context: Context) -> CallBasis:
         stats = look.stats
@@ -229,7 +212,7 @@ class Predictor:
             before_s = sum(10**e for e in expected[:place])
         off, off_kind, slow = stats[10], stats[11], stats[12]
         x = [
-            *look.features.numbers,
+            *look.numbers,
             math.log10(1 + context.prompt_tokens),
             _CLIENTS.get(context.client, 0.0),
             float(len(expected)),
@@ -265,17 +248,11 @@ class Predictor:
             trust = _TRUST_AT_FIRST + stats[3][TRUST] + 0.2 * stats[0][TRUST]
             weight = 1 / (1 + math.exp(-trust))
             masses = corrected + (blended - corrected) * np.float32(weight)
-        return CallBasis(
-            look.features,
-            look.shared,
-            look.session,
-            base,
-            vector,
-            corrected,
-            blended,
-            masses,
-            float(masses @ _CENTRES),
-        )
+        gain = np.log((blended + _LEAST) / (corrected + _LEAST)).astype(np.float16)
+        basis = CallBasis(look.words, base, float(masses @ _CENTRES), gain, masses)
+        if self.keep_features:
+            basis.x = vector
+        return basis
 
     def _blend(self, look: _Look, base: NDArray[np.float32]) -> NDArray[np.float32]:
         """Histograms from the particular to the general, each for the share it has earned, and
@@ -355,7 +332,7 @@ class Predictor:
         kind = ""
         if basis.calls:
             lead = max(basis.calls, key=_level)
-            kind = lead.features.kind
+            kind = lead.words.kind
         for key in (
             ((basis.idle_kind, kind), (basis.idle_kind, "")) if kind else ((basis.idle_kind, ""),)
         ):
@@ -368,21 +345,22 @@ class Predictor:
             return
         if durations_s is not None:
             known = [d for d in durations_s if d is not None]
-            if known and gap_s > max(known) and len(known) == len(basis.calls):
-                self.overheads.setdefault(basis.context.client, Overhead()).add(gap_s - max(known))
+            more_s = gap_s - max(known, default=gap_s)
+            if 0 < more_s <= ASKED_S and len(known) == len(basis.calls):
+                self.overheads.setdefault(basis.context.client, Overhead()).add(more_s)
             for call, duration in zip(basis.calls, durations_s, strict=False):
-                if duration is not None:
-                    self._learn(call, log_s(duration))
+                if call is lead and more_s > ASKED_S:
+                    self._learn(call, basis.context, log_s(gap_s))
+                elif duration is not None:
+                    self._learn(call, basis.context, log_s(duration))
         else:
-            self._learn(lead, log_s(gap_s - forecast.offset_s))
+            self._learn(lead, basis.context, log_s(gap_s - forecast.offset_s))
 
-    def _learn(self, call: CallBasis, log_gap: float) -> None:
+    def _learn(self, call: CallBasis, context: Context, log_gap: float) -> None:
         table = self.table
         touch = table.touch
-        rows: list[int] = []
-        if self.learn_shared:
-            rows += [touch(key) for key in call.shared]
-        rows += [touch(key) for key in call.session]
+        keys = _keys(call.words, context)
+        rows = [touch(key) for key in (keys if self.learn_shared else keys[SHARED_LEVELS:])]
         surprise = log_gap - call.expected_log_s
         slow = 1.0 if surprise > _SLOW[0] and log_gap > _SLOW[1] else 0.0
         values = [log_gap] * (len(rows) - 3) + [surprise, surprise, slow]
@@ -403,9 +381,7 @@ class Predictor:
             node[BEFORE], node[LAST] = node[LAST], value
         bin_ = bin_of(log_gap)
         if self.learn_shared:
-            better = math.log(
-                (float(call.blended[bin_]) + 1e-4) / (float(call.corrected[bin_]) + 1e-4)
-            )
+            better = float(call.gain[bin_])
             for node in (stats[0], stats[3]):
                 trust = node[TRUST] * _TRUST_MEMORY + better
                 node[TRUST] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
@@ -433,7 +409,8 @@ class Predictor:
         rest *= np.float32(0.5 * forecast.p_return / total)
         keys: tuple[Hashable, ...] = basis.wait
         if basis.calls:
-            keys = max(basis.calls, key=_level).shared
+            words = max(basis.calls, key=_level).words
+            keys = _keys(words, basis.context)[:SHARED_LEVELS]
         self._add(keys, rest, None)
 
     def _add(
@@ -459,13 +436,38 @@ class Predictor:
 class _Look:
     """A call's nodes as found."""
 
-    features: CallFeatures
-    shared: tuple[Hashable, ...]
-    session: tuple[Hashable, ...]
+    words: CallWords
+    numbers: list[float]
     rows: list[int]
     stats: list[list[float]]
     x: list[float]
     expected: float
+
+
+SHARED_LEVELS: Final = 5
+
+
+def _keys(words: CallWords, context: Context) -> tuple[Hashable, ...]:
+    """A call's nodes: five that all share (one of them the tenant's), five of the session, and the
+    session's surprises: at all tools, at this kind, how often a wait was slow. A session's keys are
+    numbers, so that they mean nothing outside this process."""
+    kind, tool, program, sub, digest = words
+    s = hash(context.session)
+    return (
+        ("kind", kind),
+        ("tool", tool),
+        ("program", kind, program),
+        ("sub", tool, program, sub),
+        ("tenant", context.tenant, tool, program, sub),
+        hash((s, 0)),
+        hash((s, 1, kind)),
+        hash((s, 2, tool, program)),
+        hash((s, 3, tool, program, sub)),
+        hash((s, 4, digest)),
+        hash((s, 5)),
+        hash((s, 6, kind)),
+        hash((s, 7)),
+    )
 
 
 def _level(call: CallBasis) -> float:

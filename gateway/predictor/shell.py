@@ -12,9 +12,8 @@ or replaced by ``*``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 LOOK_CHARS: Final = 600
 """Characters of a command that are looked at."""
@@ -415,8 +414,7 @@ _HEAVY_PROGRAMS: Final = frozenset(
 _SCRIPTED: Final = frozenset(("npm", "pnpm", "yarn", "bun"))
 
 
-@dataclass(slots=True, frozen=True)
-class ShellCommand:
+class ShellCommand(NamedTuple):
     """What a command line runs. ``program`` and ``sub`` are of the command that its time most
     likely depends on; ``sub`` is empty where there is none."""
 

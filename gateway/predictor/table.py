@@ -8,7 +8,7 @@ with exponential forgetting. About 400 bytes a node, all told.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -74,8 +74,21 @@ class NodeTable:
         self._rows[key] = row
         return row
 
+    def fill(
+        self,
+        keys: Sequence[Hashable],
+        stats: NDArray[np.float32],
+        counts: NDArray[np.float32],
+    ) -> None:
+        """Take these nodes, least recently used first, in place of all there are."""
+        self._rows.clear()
+        self._grow(len(keys))
+        self.stats[1 : len(keys) + 1] = stats
+        self.counts[1 : len(keys) + 1] = counts
+        self._rows.update(zip(keys, range(1, len(keys) + 1), strict=True))
+
     def _grow(self, row: int) -> None:
-        rows = min(max(2 * row, _FIRST_ROWS), self.max_nodes + 1)
+        rows = min(max(row + row // 2, _FIRST_ROWS), self.max_nodes) + 1
         for name in ("stats", "counts"):
             old = getattr(self, name)
             new = np.zeros((rows, old.shape[1]), np.float32)

@@ -159,6 +159,7 @@ def rows_of(
     for fold in range(folds):
         predictor = nodes_of([s for i, s in enumerate(sessions) if i % folds != fold])
         predictor.learn_shared = False
+        predictor.keep_features = True
         for session in (s for i, s in enumerate(sessions) if i % folds == fold):
             for turn, calls in replay(predictor, session):
                 xs += [call.x for call in calls]
