@@ -139,6 +139,7 @@ def export(
         "observed_total": snapshot.observed_total,
         "returns": snapshot.returns,
         "overheads": snapshot.overheads,
+        "warps": snapshot.warps,
         "nodes": [
             {
                 "key": key,
@@ -174,6 +175,7 @@ def import_(
                 "keys": [node["key"] for node in data["nodes"]],
                 "returns": data["returns"],
                 "overheads": data["overheads"],
+                "warps": data["warps"],
                 "observed_total": data["observed_total"],
             },
             {"stats": np.array([node["stats"] for node in data["nodes"]]), "counts": counts},

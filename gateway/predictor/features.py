@@ -12,7 +12,7 @@ import orjson
 
 from gateway.dialects.turn import ToolCall
 from gateway.predictor.kinds import KINDS, kind_of
-from gateway.predictor.shell import UNKNOWN, parse_shell, safe_word
+from gateway.predictor.shell import LOOK_CHARS, UNKNOWN, parse_shell, safe_word
 
 PARSED_CHARS: Final = 16_384
 """Longer arguments are looked into by pattern, not parsed."""
@@ -44,7 +44,8 @@ NUMBERS: Final = (
     "commands",
     "pipes",
     "shape",
-    "second_weight",
+    "text",
+    "scope",
 )
 """Names of a call's numbers, in order."""
 
@@ -100,7 +101,7 @@ def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
     program = sub = ""
     timeout_s = yield_s = sleep_s = 0.0
     commands = pipes = 0
-    shape = second = 0.0
+    shape = second = scope = 0.0
     background = False
     if fields:
         for key in fields.keys() & _TIMEOUT_KEYS.keys():
@@ -117,6 +118,7 @@ def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
         commands, pipes = run.commands, run.pipes
         shape = run.loops + 2.0 * run.here_doc + 4.0 * run.detached
         second = log10(1 + len(text))
+        scope = _scope(text[:LOOK_CHARS])
     elif kind == "subagent":
         program = _word_in(fields, ("subagent_type", "agent_type", "agent_name", "agent"))
         second = float(len(str(fields.get("prompt", ""))) > 1000)
@@ -141,7 +143,25 @@ def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
             float(pipes),
             shape,
             second,
+            scope,
         ],
+    )
+
+
+_ALL: Final = re.compile(r"\.\.\.(?:\s|$)|\s--?all\b|\s-r\b|\s--recursive\b|\*\*")
+_SOME: Final = re.compile(
+    r"\s(?:-run|-k|-t|--grep|--filter|--testNamePattern)\b|::|[._]test\.|[._]spec\.|/test_"
+)
+_MUCH: Final = re.compile(r"integration|e2e|-race|--watch|benchmark|-bench|-count=|--release")
+
+
+def _scope(text: str) -> float:
+    """How much a command is asked to do: on everything (1), on a chosen part (2), the long way
+    (4)."""
+    return (
+        float(_ALL.search(text) is not None)
+        + 2.0 * (_SOME.search(text) is not None)
+        + 4.0 * (_MUCH.search(text) is not None)
     )
 
 

@@ -34,10 +34,12 @@ from gateway.predictor.table import (
     FAST,
     LAST,
     MEAN,
+    STATS,
     TRUST,
     N,
     NodeTable,
 )
+from gateway.predictor.warp import Curve, Warp
 
 MAX_CALLS: Final = 8
 """Parallel calls that a forecast looks at."""
@@ -47,12 +49,18 @@ SHARED_MEMORY: Final = 1_000.0
 TENANT_MEMORY: Final = 300.0
 SESSION_MEMORY: Final = 30.0
 """Gaps after which a node has forgotten half to two thirds of what it knew (its weight's limit)."""
-_FAST_RATE: Final = 0.3
+_FAST_RATE: Final = np.float32(0.3)
+_KEEP: Final = np.array(
+    [1 - 1 / SHARED_MEMORY] * 4 + [1 - 1 / TENANT_MEMORY] + [1 - 1 / SESSION_MEMORY] * 9,
+    np.float32,
+)
+"""What is left of each of a call's nodes' weight when another gap is added (`_keys`)."""
 
 _SHRINK: Final = (0.0, 5.0, 5.0, 5.0, 5.0)
 _SESSION_SHRINK: Final = (0.0, 3.0, 1.0, 1.0, 1.0)
-_BLEND: Final = (40.0, 20.0, 8.0, 8.0, 6.0)
-"""Pseudo-counts of what is above: kind, program, subcommand, tenant's, session's."""
+_BLEND: Final = ((8, 6.0), (4, 8.0), (3, 8.0), (2, 20.0), (0, 40.0))
+"""Of which nodes histograms are blended, from the particular to the general, and how many gaps what
+stands above each is worth: this session's, this tenant's, subcommand, program, kind."""
 _TRUST_AT_FIRST: Final = -1.7
 _TRUST_LIMIT: Final = 30.0
 _TRUST_MEMORY: Final = 0.98
@@ -68,7 +76,7 @@ ASKED_S: Final = 5.0
 own work."""
 _CLIENTS: Final = {"claude-code": 1.0, "codex": 2.0}
 
-_LEAST: Final = np.float32(1e-4)
+_LEAST: Final = 1e-4
 _SPREAD: Final = np.diff(np.array(EDGES)).astype(np.float32) / np.float32(EDGES[-1] - EDGES[0])
 
 
@@ -80,6 +88,12 @@ class Context:
     tenant: str = ""
     client: str = "other"
     prompt_tokens: int = 0
+    last_failed: bool = False
+    """Whether the session's last tool call came back as an error."""
+    since_human: int = 8
+    """Gaps since a person last spoke, at most 8."""
+    last_human_s: float = 0.0
+    """How long that person took; 0 if not known."""
 
 
 @dataclass(slots=True)
@@ -91,8 +105,10 @@ class CallBasis:
     """Of the shared nodes, before this session's own history."""
     level: float
     """Mean of the call's distribution in log10 s: what ranks parallel calls."""
-    gain: NDArray[np.float16]
-    """By how much the histograms said more than the correction, log likelihood for each bin."""
+    blended: NDArray[np.float32]
+    """What the histograms say."""
+    weight: float
+    """Their share in ``masses``, beside the correction's."""
     masses: NDArray[np.float32]
     x: NDArray[np.float32] | None = None
     """The features, where `Predictor.keep_features` asks for them."""
@@ -159,6 +175,7 @@ class Predictor:
     correction: Correction | None = None
     returns: dict[tuple[str, str], Returns] = field(default_factory=dict)
     overheads: dict[str, Overhead] = field(default_factory=dict)
+    warps: dict[str, Warp] = field(default_factory=dict)
     observed_total: int = 0
     learn_shared: bool = True
     keep_features: bool = False
@@ -183,13 +200,20 @@ class Predictor:
             idle_kind,
             offset_s,
             Basis(idle_kind, context, bases, ()),
+            self.warp_of(lead.words.kind, len(bases) > 1),
         )
+
+    def warp_of(self, kind: str, parallel: bool = False) -> Curve | None:
+        """The calibration of a tool kind, of parallel calls' maximum or of one call."""
+        found = self.warps.get(kind + "+" if parallel else kind)
+        return found.curve if found is not None else None
 
     def _look(self, words: CallWords, numbers: list[float], context: Context) -> _Look:
         """Find a call's nodes and shrink the means of the shared ones."""
         find = self.table.find
         rows = [find(key, EMPTY_ROW) for key in _keys(words, context)]
-        stats = self.table.stats.take(rows, axis=0).tolist()
+        data = self.table.data.take(rows, axis=0)
+        stats = data[:, :STATS].tolist()
         x: list[float] = []
         m = 0.0
         for (n, mean, _, _, dev, _, _), k in zip(stats[:4], _SHRINK, strict=False):
@@ -200,7 +224,7 @@ class Predictor:
         if n:
             m = (n * stats[4][MEAN] + 5.0 * m) / (n + 5.0)
             x[9] = m
-        return _Look(words, numbers, rows, stats, x, m)
+        return _Look(words, numbers, data, stats, x, m)
 
     def _call(self, look: _Look, place: int, expected: list[float], context: Context) -> CallBasis:
         stats = look.stats
@@ -210,11 +234,14 @@ class Predictor:
         if len(expected) > 1:
             others_max = max(e for i, e in enumerate(expected) if i != place)
             before_s = sum(10**e for e in expected[:place])
-        off, off_kind, slow = stats[10], stats[11], stats[12]
+        off, off_kind, slow, slow_here = stats[10:14]
         x = [
             *look.numbers,
             math.log10(1 + context.prompt_tokens),
             _CLIENTS.get(context.client, 0.0),
+            float(context.last_failed),
+            float(context.since_human),
+            log_s(context.last_human_s),
             float(len(expected)),
             float(place),
             others_max,
@@ -226,6 +253,9 @@ class Predictor:
             off_kind[MEAN],
             slow[FAST],
             slow[MEAN],
+            slow_here[FAST],
+            slow_here[MEAN],
+            slow_here[N],
             stats[5][BEFORE],
         ]
         first = True
@@ -242,14 +272,13 @@ class Predictor:
         vector = np.array(x, np.float32)
         corrected = self.correction.masses(vector) if self.correction is not None else _SPREAD
         blended = self._blend(look, corrected)
-        if self.correction is None:
-            masses = blended
-        else:
+        weight = 1.0
+        masses = blended
+        if self.correction is not None:
             trust = _TRUST_AT_FIRST + stats[3][TRUST] + 0.2 * stats[0][TRUST]
             weight = 1 / (1 + math.exp(-trust))
             masses = corrected + (blended - corrected) * np.float32(weight)
-        gain = np.log((blended + _LEAST) / (corrected + _LEAST)).astype(np.float16)
-        basis = CallBasis(look.words, base, float(masses @ _CENTRES), gain, masses)
+        basis = CallBasis(look.words, base, float(masses @ _CENTRES), blended, weight, masses)
         if self.keep_features:
             basis.x = vector
         return basis
@@ -259,26 +288,24 @@ class Predictor:
         ``base`` for what is left."""
         stats = look.stats
         left = 1.0
-        weights = [0.0] * 5
-        for place, level in ((4, 8), (3, 4), (2, 3), (1, 2), (0, 0)):
+        weights = [0.0] * len(stats)
+        for level, pseudo in _BLEND:
             n = stats[level][N]
             if n:
-                share = left / (n + _BLEND[place])
-                weights[place] = share
+                share = left / (n + pseudo)
+                weights[level] = share
                 left -= share * n
-        rows = look.rows
-        counts = self.table.counts.take([rows[0], rows[2], rows[3], rows[4], rows[8]], axis=0)
-        return np.array(weights, np.float32) @ counts + base * np.float32(left)
+        return np.array(weights, np.float32) @ look.data[:, STATS:] + base * np.float32(left)
 
     def _wait(self, idle_kind: IdleKind, context: Context) -> Forecast:
         keys: tuple[Hashable, ...] = (
             ("wait", idle_kind),
             ("tenant", context.tenant, "wait", idle_kind, ""),
-            hash((hash(context.session), 8, idle_kind)),
+            hash((hash(context.session), 9, idle_kind)),
         )
         find = self.table.find
         rows = [find(key, EMPTY_ROW) for key in keys]
-        n = self.table.stats.take(rows, axis=0)[:, N].tolist()
+        n = self.table.data.take(rows, axis=0)[:, N].tolist()
         left = 1.0
         masses = np.zeros(BINS, np.float32)
         for weight, row, pseudo in zip(reversed(n), reversed(rows), (8.0, 20.0, 2.0), strict=True):
@@ -343,6 +370,9 @@ class Predictor:
         if basis.wait:
             self._count(basis.wait, log_s(gap_s))
             return
+        if self.learn_shared:
+            place = kind + "+" if len(basis.calls) > 1 else kind
+            self.warps.setdefault(place, Warp()).add(forecast.stated(gap_s))
         if durations_s is not None:
             known = [d for d in durations_s if d is not None]
             more_s = gap_s - max(known, default=gap_s)
@@ -363,34 +393,31 @@ class Predictor:
         rows = [touch(key) for key in (keys if self.learn_shared else keys[SHARED_LEVELS:])]
         surprise = log_gap - call.expected_log_s
         slow = 1.0 if surprise > _SLOW[0] and log_gap > _SLOW[1] else 0.0
-        values = [log_gap] * (len(rows) - 3) + [surprise, surprise, slow]
-        stats = table.stats.take(rows, axis=0).tolist()
-        first_session = len(rows) - 8
-        keep = []
-        for i, (node, value) in enumerate(zip(stats, values, strict=True)):
-            memory = (
-                SESSION_MEMORY if i >= first_session else TENANT_MEMORY if i == 4 else SHARED_MEMORY
-            )
-            n = node[N]
-            keep.append(1 - 1 / memory)
-            n = node[N] = n * (1 - 1 / memory) + 1
-            miss = value - node[MEAN]
-            node[MEAN] += miss / n
-            node[DEV] += (abs(miss) - node[DEV]) / n
-            node[FAST] += (value - node[FAST]) * (_FAST_RATE if n > 1 / _FAST_RATE else 1 / n)
-            node[BEFORE], node[LAST] = node[LAST], value
+        keep = _KEEP[-len(rows) :]
+        value = np.full(len(rows), log_gap, np.float32)
+        value[-4:] = surprise, surprise, slow, slow
+        data = table.data.take(rows, axis=0)
+        n = data[:, N]
+        n *= keep
+        n += 1
+        rate = 1 / n
+        mean, dev, fast = data[:, MEAN], data[:, DEV], data[:, FAST]
+        miss = value - mean
+        mean += miss * rate
+        dev += (np.abs(miss) - dev) * rate
+        fast += (value - fast) * np.maximum(rate, _FAST_RATE)
+        data[:, BEFORE] = data[:, LAST]
+        data[:, LAST] = value
         bin_ = bin_of(log_gap)
-        if self.learn_shared:
-            better = float(call.gain[bin_])
-            for node in (stats[0], stats[3]):
-                trust = node[TRUST] * _TRUST_MEMORY + better
-                node[TRUST] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
-        table.stats[rows] = stats
-        counted = rows[:-3]
-        counts = table.counts.take(counted, axis=0)
-        counts *= np.array(keep[:-3], np.float32)[:, None]
+        counts = data[:, STATS:]
+        counts *= keep[:, None]
         counts[:, bin_] += 1
-        table.counts[counted] = counts
+        if self.learn_shared:
+            better = _gain(call, bin_)
+            for level in (0, 3):
+                trust = float(data[level, TRUST]) * _TRUST_MEMORY + better
+                data[level, TRUST] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
+        table.data[rows] = data
 
     def _count(self, keys: Sequence[Hashable], log_gap: float) -> None:
         masses = np.zeros(BINS, np.float32)
@@ -438,7 +465,7 @@ class _Look:
 
     words: CallWords
     numbers: list[float]
-    rows: list[int]
+    data: NDArray[np.float32]
     stats: list[list[float]]
     x: list[float]
     expected: float
@@ -449,8 +476,8 @@ SHARED_LEVELS: Final = 5
 
 def _keys(words: CallWords, context: Context) -> tuple[Hashable, ...]:
     """A call's nodes: five that all share (one of them the tenant's), five of the session, and the
-    session's surprises: at all tools, at this kind, how often a wait was slow. A session's keys are
-    numbers, so that they mean nothing outside this process."""
+    session's surprises: at all tools, at this kind, how often a wait was slow, at all and here. A
+    session's keys are numbers, so that they mean nothing outside this process."""
     kind, tool, program, sub, digest = words
     s = hash(context.session)
     return (
@@ -467,7 +494,18 @@ def _keys(words: CallWords, context: Context) -> tuple[Hashable, ...]:
         hash((s, 5)),
         hash((s, 6, kind)),
         hash((s, 7)),
+        hash((s, 8, tool, program)),
     )
+
+
+def _gain(call: CallBasis, bin_: int) -> float:
+    """By how much the histograms forecast this bin better than the correction, log likelihood."""
+    share = call.weight
+    if share > 0.999:
+        return 0.0
+    blended = float(call.blended[bin_])
+    corrected = max(0.0, (float(call.masses[bin_]) - share * blended) / (1 - share))
+    return math.log((blended + _LEAST) / (corrected + _LEAST))
 
 
 def _level(call: CallBasis) -> float:

@@ -22,6 +22,8 @@ from gateway.predictor.correction import Correction
 from gateway.predictor.grid import BINS, EDGES_S
 from gateway.predictor.model import MAX_NODES, Overhead, Predictor, Returns
 from gateway.predictor.table import STATS, N
+from gateway.predictor.warp import BINS as WARP_BINS
+from gateway.predictor.warp import Warp
 
 logger = logging.getLogger("gateway.predictor")
 
@@ -46,8 +48,9 @@ class Snapshot:
         kept = [(key, row) for key, row in predictor.table if isinstance(key, tuple)]
         rows = [row for _, row in kept]
         self.keys = [key for key, _ in kept]
-        self.stats = predictor.table.stats.take(rows, axis=0)
-        self.counts = predictor.table.counts.take(rows, axis=0)
+        data = predictor.table.data.take(rows, axis=0)
+        self.stats, self.counts = data[:, :STATS], data[:, STATS:]
+        self.warps = {kind: list(warp.counts) for kind, warp in predictor.warps.items()}
         self.returns = {"\t".join(k): (r.returned, r.gone) for k, r in predictor.returns.items()}
         self.overheads = {name: (o.log_s, o.seen) for name, o in predictor.overheads.items()}
         self.observed_total = predictor.observed_total
@@ -60,6 +63,7 @@ class Snapshot:
             "observed_total": self.observed_total,
             "returns": self.returns,
             "overheads": self.overheads,
+            "warps": self.warps,
             "keys": self.keys,
         }
         arrays: dict[str, Any] = {
@@ -148,6 +152,10 @@ def built(header: dict[str, Any], arrays: dict[str, Any], max_nodes: int = MAX_N
         predictor.returns[idle_kind, kind] = Returns(float(returned), float(gone))
     for name, (log_seconds, seen) in header["overheads"].items():
         predictor.overheads[str(name)] = Overhead(float(log_seconds), int(seen))
+    for kind, warp_counts in header["warps"].items():
+        if len(warp_counts) != WARP_BINS or not all(0 <= float(c) < 1e9 for c in warp_counts):
+            raise StateError("its calibration does not fit")
+        predictor.warps[str(kind)] = Warp([float(count) for count in warp_counts])
     predictor.observed_total = int(header["observed_total"])
     if "columns" in arrays:
         predictor.correction = Correction(
@@ -220,6 +228,10 @@ def merge(into: Predictor, other: Predictor) -> int:
         known = into.returns.setdefault(place, Returns())
         known.returned += returns.returned
         known.gone += returns.gone
+    for kind, warp in other.warps.items():
+        ours = into.warps.setdefault(kind, Warp())
+        ours.counts = [a + b for a, b in zip(ours.counts, warp.counts, strict=True)]
+        ours.refresh()
     for client, overhead in other.overheads.items():
         into.overheads.setdefault(client, overhead)
     into.observed_total += other.observed_total

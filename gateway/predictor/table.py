@@ -39,8 +39,8 @@ class NodeTable:
     def __init__(self, max_nodes: int) -> None:
         self.max_nodes = max_nodes
         rows = min(_FIRST_ROWS, max_nodes) + 1
-        self.stats: NDArray[np.float32] = np.zeros((rows, STATS), np.float32)
-        self.counts: NDArray[np.float32] = np.zeros((rows, BINS), np.float32)
+        self.data: NDArray[np.float32] = np.zeros((rows, STATS + BINS), np.float32)
+        """A node's statistics, then its histogram."""
         self._rows: OrderedDict[Hashable, int] = OrderedDict()
         self.forgotten_total = 0
         self.find = self._rows.get
@@ -53,8 +53,14 @@ class NodeTable:
         return iter(self._rows.items())
 
     @property
-    def nbytes(self) -> int:
-        return self.stats.nbytes + self.counts.nbytes
+    def stats(self) -> NDArray[np.float32]:
+        """The statistics of all rows, a view."""
+        return self.data[:, :STATS]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """The histograms of all rows, a view."""
+        return self.data[:, STATS:]
 
     def touch(self, key: Hashable) -> int:
         """The node's row, made if it is not there, now the most recently used."""
@@ -64,12 +70,11 @@ class NodeTable:
             return row
         if len(self._rows) >= self.max_nodes:
             _, row = self._rows.popitem(last=False)
-            self.stats[row] = 0
-            self.counts[row] = 0
+            self.data[row] = 0
             self.forgotten_total += 1
         else:
             row = len(self._rows) + 1
-            if row >= len(self.stats):
+            if row >= len(self.data):
                 self._grow(row)
         self._rows[key] = row
         return row
@@ -89,8 +94,6 @@ class NodeTable:
 
     def _grow(self, row: int) -> None:
         rows = min(max(row + row // 2, _FIRST_ROWS), self.max_nodes) + 1
-        for name in ("stats", "counts"):
-            old = getattr(self, name)
-            new = np.zeros((rows, old.shape[1]), np.float32)
-            new[: len(old)] = old
-            setattr(self, name, new)
+        old = self.data
+        self.data = np.zeros((rows, STATS + BINS), np.float32)
+        self.data[: len(old)] = old[:rows]
