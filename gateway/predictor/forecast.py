@@ -73,12 +73,15 @@ class Forecast:
             return 1.0
         log_t = log_s(t_s)
         i = bisect_right(EDGES, log_t) - 1
-        at = self._at_edges()
         within = (log_t - EDGES[i]) / (EDGES[i + 1] - EDGES[i])
+        at = self._survival
+        if at is None:  # asked once, the sum is cheaper than the whole curve
+            return min(1.0, float(self.masses[:i].sum()) + float(self.masses[i]) * within)
         return 1.0 - at[i] - (at[i + 1] - at[i]) * within
 
     def survival(self, t_s: float) -> float:
         """P(gap > ``t_s`` | the session returns)."""
+        self._at_edges()
         reached = self.stated(t_s)
         if self.warp is not None:
             reached = calibrated(self.warp, reached)

@@ -390,7 +390,9 @@ class Predictor:
         table = self.table
         touch = table.touch
         keys = _keys(call.words, context)
-        rows = [touch(key) for key in (keys if self.learn_shared else keys[SHARED_LEVELS:])]
+        rows = np.array(
+            [touch(key) for key in (keys if self.learn_shared else keys[SHARED_LEVELS:])], np.intp
+        )
         surprise = log_gap - call.expected_log_s
         slow = 1.0 if surprise > _SLOW[0] and log_gap > _SLOW[1] else 0.0
         keep = _KEEP[-len(rows) :]

@@ -17,7 +17,7 @@ BINS: Final = len(KNOTS) - 1
 _MEMORY: Final = 3_000.0
 _PRIOR: Final = 50.0
 """Gaps' worth of belief that forecasts are right as they are."""
-_REFRESH: Final = 16
+_REFRESH: Final = 64
 
 Curve = tuple[float, ...]
 """Calibrated probability at each of `KNOTS`, rising from 0 to 1."""
