@@ -16,6 +16,7 @@ from gateway.predictor.shell import LOOK_CHARS, UNKNOWN, parse_shell, safe_word
 
 PARSED_CHARS: Final = 16_384
 """Longer arguments are looked into by pattern, not parsed."""
+SALVAGED_CHARS: Final = 3_000
 DIGEST_CHARS: Final = 2_000
 MAX_DECLARED_S: Final = 86_400.0
 
@@ -175,7 +176,7 @@ def _fields(arguments: str) -> dict[str, Any]:
             pass
         else:
             return value if isinstance(value, dict) else {}
-    head = arguments[:PARSED_CHARS]
+    head = arguments[:SALVAGED_CHARS]
     fields: dict[str, Any] = {
         found[1]: _ESCAPE.sub(lambda e: _ESCAPES.get(e[0], " "), found[2])
         for found in _SALVAGED.finditer(head)

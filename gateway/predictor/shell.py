@@ -51,7 +51,9 @@ _TOKEN: Final = re.compile(
     r"|\#[^\n]*+",
     re.DOTALL,
 )
-_HERE: Final = re.compile(r"<<-?\s*['\"]?(\w+)")
+_HERE: Final = re.compile(r"<<-?\s*(['\"]?)(\w+)\1")
+_KEY: Final = re.compile(r"(?:sk|pk|rk|glpat|xox[a-z]|hvs|shpat|dop|whsec)[-.:]").match
+"""How keys of well-known services begin, beside those that digits or case give away."""
 _WORD: Final = re.compile(r"[a-z][a-z0-9._+:-]{0,23}\Z")
 _DIGIT: Final = re.compile(r"\d").search
 _JOINT: Final = re.compile(r"[-_.:]").search
@@ -92,6 +94,7 @@ def safe_word(word: str) -> str:
         not _WORD.match(word)
         or (word.isdigit() or (_DIGIT(word) is not None and word not in KNOWN_WITH_DIGITS))
         or (len(word) > 16 and not _JOINT(word))
+        or _KEY(word) is not None
     ):
         return UNKNOWN
     return word
@@ -188,9 +191,9 @@ def _without_here_docs(text: str) -> tuple[bool, str]:
             break
         found = True
         body = text.find("\n", mark.end())
-        close = text.find("\n" + mark[1], body) if body >= 0 else -1
+        close = text.find("\n" + mark[2], body) if body >= 0 else -1
         if close >= 0:
-            after = close + 1 + len(mark[1])
+            after = close + 1 + len(mark[2])
             text = f"{text[: mark.start()]} {text[mark.end() : body]}{text[after:]}"
         else:
             text = text[: mark.start()] + (text[mark.end() : body] if body >= 0 else "")

@@ -11,7 +11,8 @@ from bisect import bisect_left, bisect_right
 from typing import Final
 
 KNOTS: Final = (
-    0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 1.0,
+    0.0, 0.005, 0.01, 0.025, 0.05, 0.075, *(n / 20 for n in range(2, 19)), 0.925, 0.95, 0.975, 0.99,
+    0.995, 1.0,
 )  # fmt: skip
 BINS: Final = len(KNOTS) - 1
 _MEMORY: Final = 3_000.0
