@@ -1,5 +1,6 @@
 """A forecast's curve, and what is read off it."""
 
+import itertools
 import math
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_survival_falls_from_one_and_never_to_nothing(
     falling = [forecast.survival(t) for t in sorted(times)]
     assert forecast.survival(0) == 1
     assert all(0 < p <= 1 for p in falling)
-    assert all(b <= a + 1e-6 for a, b in zip(falling, falling[1:], strict=False))
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(falling))
 
 
 @given(weights, st.none() | warps, st.floats(0.01, 0.99), elapsed)
@@ -72,7 +73,7 @@ def test_a_curve_is_what_a_hint_takes(
 ) -> None:
     points = forecast_of(w, warp=warp).curve(max_points)
     assert 1 <= len(points) <= max_points
-    assert all(b[0] > a[0] and b[1] < a[1] for a, b in zip(points, points[1:], strict=False))
+    assert all(b[0] > a[0] and b[1] < a[1] for a, b in itertools.pairwise(points))
     assert all(0 <= p <= 1 and t >= 0 for t, p in points)
 
 
@@ -89,7 +90,7 @@ def test_bins_cover_all_times() -> None:
     assert len(EDGES_S) == BINS + 1 == len(EDGES)
     assert [bin_of(log_s(t)) for t in (0, 1e-9, 1e-3)] == [0, 0, 0]
     assert bin_of(log_s(1e12)) == BINS - 1
-    for i, (low, high) in enumerate(zip(EDGES[:-1], EDGES[1:], strict=True)):
+    for i, (low, high) in enumerate(itertools.pairwise(EDGES)):
         assert bin_of((low + high) / 2) == i
 
 
