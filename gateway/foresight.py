@@ -48,7 +48,11 @@ class Foresight:
             return
         usage = session.usage
         context = Context(
-            session.key, session.tenant, session.client, usage.prompt_tokens if usage else 0
+            session.key,
+            session.tenant,
+            session.client,
+            usage.prompt_tokens if usage else 0,
+            session.last_failed,
         )
         session.forecast = self.predictor.forecast(calls, session.idle_kind, context)
 

@@ -111,6 +111,8 @@ class Session:
     final: bool = False
     decision: Decision | None = None
     """How the latest turn was routed."""
+    last_failed: bool = False
+    """Whether the latest tool result it brought was an error."""
     forecast: Forecast | None = None
     """Of the gap it is in; None while a turn is in flight or where none could be made."""
 
@@ -216,6 +218,8 @@ class SessionStore:
         session.last_user_text = _last_user_text(request)
         session.model = request.model
         session.has_tools = session.has_tools or request.has_tools
+        results = request.item(len(request.segments) - 1).results
+        session.last_failed = bool(results) and results[-1].is_error
         session.final = named is not None and named.final
         session.seen_at = now
         session.in_flight += 1

@@ -48,6 +48,7 @@ def _learned(predictor: Predictor, levels: tuple[str, ...]) -> list[tuple[Any, f
     found = []
     for key, row in predictor.table:
         if isinstance(key, tuple) and key[0] in levels:
+            predictor.table.normalise(row)
             n = float(predictor.table.stats[row, N])
             counts = predictor.table.counts[row]
             if n > 0 and counts.sum() > 0:

@@ -54,6 +54,7 @@ class Correction:
         self._limits = np.ascontiguousarray(limits).ravel()
         self._offsets = np.arange(trees, dtype=np.intp) << depth
         self._scores = np.ascontiguousarray(leaves.reshape(-1, BINS).astype(np.float32))
+        self._scores[: 1 << depth] += bias
         self._ones = np.ones(trees, np.float32)
 
     @property
@@ -61,12 +62,10 @@ class Correction:
         """How many features it asks about, at the least."""
         return int(self.columns.max()) + 1
 
-    def masses(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """P(gap in bin), shape ``(BINS,)``."""
+    def odds(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """What P(gap in bin) is proportional to, shape ``(BINS,)``, and its sum."""
         above = x.take(self._columns) > self._limits
         leaf = np.packbits(above, bitorder="little") + self._offsets
-        scores: NDArray[np.float32] = self._ones @ self._scores.take(leaf, axis=0)
-        scores += self.bias
-        np.exp(scores, out=scores)
-        scores /= scores @ _ONES
-        return scores
+        odds: NDArray[np.float32] = self._ones @ self._scores.take(leaf, axis=0)
+        np.exp(odds, out=odds)
+        return odds, float(odds @ _ONES)

@@ -12,7 +12,7 @@ import orjson
 
 from gateway.dialects.turn import ToolCall
 from gateway.predictor.kinds import KINDS, kind_of
-from gateway.predictor.shell import LOOK_CHARS, UNKNOWN, parse_shell, safe_word
+from gateway.predictor.shell import UNKNOWN, parse_shell, safe_word
 
 PARSED_CHARS: Final = 16_384
 """Longer arguments are looked into by pattern, not parsed."""
@@ -45,8 +45,7 @@ NUMBERS: Final = (
     "commands",
     "pipes",
     "shape",
-    "text",
-    "scope",
+    "text_size",
 )
 """Names of a call's numbers, in order."""
 
@@ -66,7 +65,7 @@ _YIELD_KEYS: Final = {
     "wait_ms": 1e-3,
     "wait_s": 1.0,
 }
-_BACKGROUND_KEYS: Final = ("run_in_background", "is_background", "background", "detach")
+_BACKGROUND_KEYS: Final = frozenset(("run_in_background", "is_background", "background", "detach"))
 _SALVAGED: Final = re.compile(
     r'"(command|cmd|script|code|input|subagent_type|agent_type|skill)"\s*:\s*"((?:[^"\\]|\\.){0,1000})'
 )
@@ -77,39 +76,41 @@ _SALVAGED_NUMBER: Final = re.compile(
 _ESCAPES: Final = {"\\n": "\n", "\\t": "\t", '\\"': '"', "\\\\": "\\", "\\/": "/"}
 _ESCAPE: Final = re.compile(r"\\.", re.DOTALL)
 
-_LOOKED_INTO: Final = frozenset(("shell", "poll", "subagent", "plan", "background", "human"))
+_LOOKED_INTO: Final = frozenset(("shell", "poll", "subagent", "plan", "background", "other"))
 
 
 @lru_cache(maxsize=1024)
-def _tool_word(name: str) -> str:
-    """A tool's name as it is kept. An MCP tool is known by its server and tool."""
+def _named(name: str) -> tuple[str, str]:
+    """A tool's kind, and its name as it is kept: letters and a few marks, an MCP tool by its server
+    and tool."""
     words = [re.sub(r"[^A-Za-z_.:-]", "", word)[:24] for word in name.split("__")[:3]]
-    return "__".join(word for word in words if word)[:48] or UNKNOWN
+    return kind_of(name), "__".join(word for word in words if word)[:48] or UNKNOWN
 
 
 def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
     """A call's words and its numbers (`NUMBERS`). Never raises; bounded in time whatever the
     arguments hold."""
-    name = call.name[:128]
-    kind = kind_of(name)
+    kind, tool = _named(call.name[:128])
     arguments = call.arguments
-    fields: dict[str, Any] = {}
-    if kind in _LOOKED_INTO:
-        fields = _fields(arguments)
-        if name == "tool_call" and isinstance(fields.get("name"), str):  # Qwen Code wraps MCP tools
-            name = fields["name"][:128]
-            kind = kind_of(name)
+    digest = hash((call.name[:128], arguments[:DIGEST_CHARS], call.arguments_chars))
+    size = log10(1 + call.arguments_chars)
+    if kind not in _LOOKED_INTO:
+        words = CallWords(kind, tool, "", "", digest)
+        return words, [KIND_INDEX[kind], size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    fields = _fields(arguments)
+    if call.name == "tool_call" and isinstance(fields.get("name"), str):
+        kind, tool = _named(fields["name"][:128])  # Qwen Code wraps MCP tools
     program = sub = ""
-    timeout_s = yield_s = sleep_s = 0.0
+    timeout_s = yield_s = sleep_s = background = 0.0
     commands = pipes = 0
-    shape = second = scope = 0.0
-    background = False
-    if fields:
-        for key in fields.keys() & _TIMEOUT_KEYS.keys():
-            timeout_s = max(timeout_s, _seconds(fields[key], _TIMEOUT_KEYS[key]))
-        for key in fields.keys() & _YIELD_KEYS.keys():
-            yield_s = max(yield_s, _seconds(fields[key], _YIELD_KEYS[key]))
-        background = any(fields.get(key) is True for key in _BACKGROUND_KEYS)
+    shape = text_size = 0.0
+    for key, value in fields.items():
+        if key in _BACKGROUND_KEYS:
+            background = float(value is True)
+        elif key in _TIMEOUT_KEYS:
+            timeout_s = max(timeout_s, _seconds(value, _TIMEOUT_KEYS[key]))
+        elif key in _YIELD_KEYS:
+            yield_s = max(yield_s, _seconds(value, _YIELD_KEYS[key]))
     if kind == "shell":
         text = _command_text(fields, arguments)
         run = parse_shell(text)
@@ -118,51 +119,30 @@ def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
         timeout_s = timeout_s or run.timeout_s
         commands, pipes = run.commands, run.pipes
         shape = run.loops + 2.0 * run.here_doc + 4.0 * run.detached
-        second = log10(1 + len(text))
-        scope = _scope(text[:LOOK_CHARS])
+        text_size = log10(1 + len(text))
     elif kind == "subagent":
         program = _word_in(fields, ("subagent_type", "agent_type", "agent_name", "agent"))
-        second = float(len(str(fields.get("prompt", ""))) > 1000)
+        text_size = float(len(str(fields.get("prompt", ""))) > 1000)
     elif kind == "plan":
         program = _word_in(fields, ("skill", "command"))
     elif kind == "poll":
         block = fields.get("block")
         shape = 0.0 if block is None else 1.0 + (block is True)
-        typed = fields.get("chars")
-        second = float(bool(typed))
-    digest = hash((name, arguments[:DIGEST_CHARS], call.arguments_chars))
+        text_size = float(bool(fields.get("chars")))
     return (
-        CallWords(kind, _tool_word(name), program, sub, digest),
+        CallWords(kind, tool, program, sub, digest),
         [
             KIND_INDEX[kind],
-            log10(1 + call.arguments_chars),
+            size,
             log10(1 + timeout_s),
             log10(1 + yield_s),
             log10(1 + sleep_s),
-            float(background),
+            background,
             float(commands),
             float(pipes),
             shape,
-            second,
-            scope,
+            text_size,
         ],
-    )
-
-
-_ALL: Final = re.compile(r"\.\.\.(?:\s|$)|\s--?all\b|\s-r\b|\s--recursive\b|\*\*")
-_SOME: Final = re.compile(
-    r"\s(?:-run|-k|-t|--grep|--filter|--testNamePattern)\b|::|[._]test\.|[._]spec\.|/test_"
-)
-_MUCH: Final = re.compile(r"integration|e2e|-race|--watch|benchmark|-bench|-count=|--release")
-
-
-def _scope(text: str) -> float:
-    """How much a command is asked to do: on everything (1), on a chosen part (2), the long way
-    (4)."""
-    return (
-        float(_ALL.search(text) is not None)
-        + 2.0 * (_SOME.search(text) is not None)
-        + 4.0 * (_MUCH.search(text) is not None)
     )
 
 

@@ -29,13 +29,19 @@ from gateway.predictor.forecast import Forecast
 from gateway.predictor.grid import BINS, EDGES, bin_of, log_s
 from gateway.predictor.table import (
     BEFORE,
-    DEV,
     EMPTY_ROW,
     FAST,
     LAST,
-    MEAN,
+    OFF,
+    OFF_FAST,
+    SLOW,
+    SLOW_FAST,
+    SQUARES,
     STATS,
+    SUM,
     TRUST,
+    UNIT,
+    WIDTH,
     N,
     NodeTable,
 )
@@ -49,14 +55,11 @@ SHARED_MEMORY: Final = 1_000.0
 TENANT_MEMORY: Final = 300.0
 SESSION_MEMORY: Final = 30.0
 """Gaps after which a node has forgotten half to two thirds of what it knew (its weight's limit)."""
-_FAST_RATE: Final = np.float32(0.3)
-_KEEP: Final = np.array(
-    [1 - 1 / SHARED_MEMORY] * 4 + [1 - 1 / TENANT_MEMORY] + [1 - 1 / SESSION_MEMORY] * 9,
-    np.float32,
-)
-"""What is left of each of a call's nodes' weight when another gap is added (`_keys`)."""
+_KEEP_SHARED: Final = 1 - 1 / SHARED_MEMORY
+_KEEP_TENANT: Final = 1 - 1 / TENANT_MEMORY
+_KEEP_SESSION: Final = 1 - 1 / SESSION_MEMORY
 
-_SHRINK: Final = (0.0, 5.0, 5.0, 5.0, 5.0)
+_SHRINK: Final = (1.0, 5.0, 5.0, 5.0, 5.0)
 _SESSION_SHRINK: Final = (0.0, 3.0, 1.0, 1.0, 1.0)
 _BLEND: Final = ((8, 6.0), (4, 8.0), (3, 8.0), (2, 20.0), (0, 40.0))
 """Of which nodes histograms are blended, from the particular to the general, and how many gaps what
@@ -90,10 +93,6 @@ class Context:
     prompt_tokens: int = 0
     last_failed: bool = False
     """Whether the session's last tool call came back as an error."""
-    since_human: int = 8
-    """Gaps since a person last spoke, at most 8."""
-    last_human_s: float = 0.0
-    """How long that person took; 0 if not known."""
 
 
 @dataclass(slots=True)
@@ -103,13 +102,16 @@ class CallBasis:
     words: CallWords
     expected_log_s: float
     """Of the shared nodes, before this session's own history."""
-    level: float
-    """Mean of the call's distribution in log10 s: what ranks parallel calls."""
-    blended: NDArray[np.float32]
-    """What the histograms say."""
-    weight: float
-    """Their share in ``masses``, beside the correction's."""
     masses: NDArray[np.float32]
+    """P(gap in bin): ``weight`` of what the histograms say, the rest what the correction does."""
+    odds: NDArray[np.float32]
+    """The correction's, to be divided by ``odds_sum``."""
+    odds_sum: float
+    weight: float
+    left: float
+    """Of what the histograms say, the share that is the correction's too."""
+    level: float
+    """Mean of ``masses`` in log10 s where there are parallel calls, which it ranks; else 0."""
     x: NDArray[np.float32] | None = None
     """The features, where `Predictor.keep_features` asks for them."""
 
@@ -212,90 +214,86 @@ class Predictor:
         """Find a call's nodes and shrink the means of the shared ones."""
         find = self.table.find
         rows = [find(key, EMPTY_ROW) for key in _keys(words, context)]
+        rows.append(EMPTY_ROW)  # the correction's place
         data = self.table.data.take(rows, axis=0)
         stats = data[:, :STATS].tolist()
-        x: list[float] = []
         m = 0.0
-        for (n, mean, _, _, dev, _, _), k in zip(stats[:4], _SHRINK, strict=False):
+        for node, k in zip(stats[:SHARED_LEVELS], _SHRINK, strict=True):
+            n = node[N]
             if n:
-                m = (n * mean + k * m) / (n + k)
-            x += (m, math.log1p(n), dev)
-        n = stats[4][N]
-        if n:
-            m = (n * stats[4][MEAN] + 5.0 * m) / (n + 5.0)
-            x[9] = m
-        return _Look(words, numbers, data, stats, x, m)
+                unit = node[UNIT]
+                m = (node[SUM] + k * unit * m) / (n + k * unit)
+                n /= unit
+            numbers += (m, n, _deviation(node))
+        return _Look(words, numbers, data, stats, m)
 
     def _call(self, look: _Look, place: int, expected: list[float], context: Context) -> CallBasis:
-        stats = look.stats
-        base = m = look.expected
-        others_max = -4.0
-        before_s = 0.0
-        if len(expected) > 1:
-            others_max = max(e for i, e in enumerate(expected) if i != place)
-            before_s = sum(10**e for e in expected[:place])
-        off, off_kind, slow, slow_here = stats[10:14]
-        x = [
-            *look.numbers,
+        m = look.expected
+        parallel = len(expected) > 1
+        every, of_kind, of_program, *_ = session = look.stats[SHARED_LEVELS:-1]
+        x = look.numbers
+        x += (
             math.log10(1 + context.prompt_tokens),
             _CLIENTS.get(context.client, 0.0),
             float(context.last_failed),
-            float(context.since_human),
-            log_s(context.last_human_s),
             float(len(expected)),
             float(place),
-            others_max,
-            before_s,
-            *look.x,
-            off[FAST],
-            off[MEAN],
-            off_kind[FAST],
-            off_kind[MEAN],
-            slow[FAST],
-            slow[MEAN],
-            slow_here[FAST],
-            slow_here[MEAN],
-            slow_here[N],
-            stats[5][BEFORE],
-        ]
-        first = True
-        for (n, mean, fast, last, dev, _, _), k in zip(stats[5:10], _SESSION_SHRINK, strict=True):
+            max(e for i, e in enumerate(expected) if i != place) if parallel else -4.0,
+            sum(10**e for e in expected[:place]),
+            every[OFF_FAST],
+            every[OFF] / every[N] if every[N] else 0.0,
+            of_kind[OFF_FAST],
+            of_kind[OFF] / of_kind[N] if of_kind[N] else 0.0,
+            every[SLOW_FAST],
+            every[SLOW] / every[N] if every[N] else 0.0,
+            of_program[SLOW_FAST],
+            of_program[SLOW] / of_program[N] if of_program[N] else 0.0,
+            every[BEFORE],
+        )
+        for node, k in zip(session, _SESSION_SHRINK, strict=True):
+            n = node[N]
             if not n:
                 x += (0.0, m, m, m, 0.0)
                 continue
-            if first:  # the session's mean over all tools says nothing of this one
-                x += (n, fast, m, last, dev)
-            else:
-                m = (n * mean + k * m) / (n + k)
-                x += (n, fast, m, last, dev)
-            first = False
+            unit = node[UNIT]
+            if k:  # the session's mean over all tools says nothing of this one
+                m = (node[SUM] + k * unit * m) / (n + k * unit)
+            x += (n / unit, node[FAST], m, node[LAST], _deviation(node))
         vector = np.array(x, np.float32)
-        corrected = self.correction.masses(vector) if self.correction is not None else _SPREAD
-        blended = self._blend(look, corrected)
-        weight = 1.0
-        masses = blended
-        if self.correction is not None:
-            trust = _TRUST_AT_FIRST + stats[3][TRUST] + 0.2 * stats[0][TRUST]
-            weight = 1 / (1 + math.exp(-trust))
-            masses = corrected + (blended - corrected) * np.float32(weight)
-        basis = CallBasis(look.words, base, float(masses @ _CENTRES), blended, weight, masses)
+        if self.correction is None:
+            odds, odds_sum, weight = _SPREAD, 1.0, 1.0
+        else:
+            odds, odds_sum = self.correction.odds(vector)
+            trust = look.stats[3][TRUST] + 0.2 * look.stats[0][TRUST]
+            weight = 1 / (1 + math.exp(-_TRUST_AT_FIRST - trust))
+        masses, left = self._mixed(look, odds, odds_sum, weight)
+        level = float(masses @ _CENTRES) if parallel else 0.0
+        basis = CallBasis(look.words, look.expected, masses, odds, odds_sum, weight, left, level)
         if self.keep_features:
             basis.x = vector
         return basis
 
-    def _blend(self, look: _Look, base: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Histograms from the particular to the general, each for the share it has earned, and
-        ``base`` for what is left."""
+    @staticmethod
+    def _mixed(
+        look: _Look, odds: NDArray[np.float32], odds_sum: float, weight: float
+    ) -> tuple[NDArray[np.float32], float]:
+        """The nodes' histograms from the particular to the general, each for the share it has
+        earned, above them the correction; all this for ``weight``, and the correction alone for
+        the rest. Returns the mixture, and the correction's share in what the histograms say."""
         stats = look.stats
         left = 1.0
         weights = [0.0] * len(stats)
         for level, pseudo in _BLEND:
-            n = stats[level][N]
+            node = stats[level]
+            n = node[N]
             if n:
-                share = left / (n + pseudo)
-                weights[level] = share
+                share = left / (n + pseudo * node[UNIT])
+                weights[level] = share * weight
                 left -= share * n
-        return np.array(weights, np.float32) @ look.data[:, STATS:] + base * np.float32(left)
+        weights[-1] = (1 - weight + weight * left) / odds_sum
+        histograms = look.data[:, STATS:]
+        histograms[-1] = odds
+        return np.array(weights, np.float32) @ histograms, left
 
     def _wait(self, idle_kind: IdleKind, context: Context) -> Forecast:
         keys: tuple[Hashable, ...] = (
@@ -305,14 +303,15 @@ class Predictor:
         )
         find = self.table.find
         rows = [find(key, EMPTY_ROW) for key in keys]
-        n = self.table.data.take(rows, axis=0)[:, N].tolist()
+        nodes = self.table.data.take(rows, axis=0)
         left = 1.0
         masses = np.zeros(BINS, np.float32)
-        for weight, row, pseudo in zip(reversed(n), reversed(rows), (8.0, 20.0, 2.0), strict=True):
-            if weight:
-                share = left / (weight + pseudo)
-                masses += self.table.counts[row] * np.float32(share)
-                left -= share * weight
+        for node, pseudo in zip(reversed(nodes), (8.0, 20.0, 2.0), strict=True):
+            n = float(node[N])
+            if n:
+                share = left / (n + pseudo * float(node[UNIT]))
+                masses += node[STATS:] * np.float32(share)
+                left -= share * n
         masses += _SPREAD * np.float32(left)
         return Forecast(
             masses,
@@ -388,38 +387,22 @@ class Predictor:
 
     def _learn(self, call: CallBasis, context: Context, log_gap: float) -> None:
         table = self.table
-        touch = table.touch
         keys = _keys(call.words, context)
-        rows = np.array(
-            [touch(key) for key in (keys if self.learn_shared else keys[SHARED_LEVELS:])], np.intp
-        )
         surprise = log_gap - call.expected_log_s
         slow = 1.0 if surprise > _SLOW[0] and log_gap > _SLOW[1] else 0.0
-        keep = _KEEP[-len(rows) :]
-        value = np.full(len(rows), log_gap, np.float32)
-        value[-4:] = surprise, surprise, slow, slow
-        data = table.data.take(rows, axis=0)
-        n = data[:, N]
-        n *= keep
-        n += 1
-        rate = 1 / n
-        mean, dev, fast = data[:, MEAN], data[:, DEV], data[:, FAST]
-        miss = value - mean
-        mean += miss * rate
-        dev += (np.abs(miss) - dev) * rate
-        fast += (value - fast) * np.maximum(rate, _FAST_RATE)
-        data[:, BEFORE] = data[:, LAST]
-        data[:, LAST] = value
         bin_ = bin_of(log_gap)
-        counts = data[:, STATS:]
-        counts *= keep[:, None]
-        counts[:, bin_] += 1
         if self.learn_shared:
+            rows = [table.touch(key) for key in keys[:SHARED_LEVELS]]
+            for row in rows[:-1]:
+                table.add(row, _KEEP_SHARED, log_gap, bin_)
+            table.add(rows[-1], _KEEP_TENANT, log_gap, bin_)
             better = _gain(call, bin_)
-            for level in (0, 3):
-                trust = float(data[level, TRUST]) * _TRUST_MEMORY + better
-                data[level, TRUST] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
-        table.data[rows] = data
+            for row in (rows[0], rows[3]):
+                place = row * WIDTH + TRUST
+                trust = table.flat[place] * _TRUST_MEMORY + better
+                table.flat[place] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
+        for key in keys[SHARED_LEVELS:]:
+            table.add_session(table.touch(key), _KEEP_SESSION, log_gap, bin_, surprise, slow)
 
     def _count(self, keys: Sequence[Hashable], log_gap: float) -> None:
         masses = np.zeros(BINS, np.float32)
@@ -452,34 +435,44 @@ class Predictor:
             if not own and not self.learn_shared:
                 continue
             row = table.touch(key)
-            keep = 1 - 1 / (SESSION_MEMORY if own else SHARED_MEMORY)
-            table.counts[row] = table.counts[row] * np.float32(keep) + masses
-            node = table.stats[row]
-            node[N] = node[N] * keep + added
+            keep = _KEEP_SESSION if own else _KEEP_SHARED
+            table.normalise(row)
+            node = table.data[row]
+            node[N:] *= np.float32(keep)
+            node[STATS:] += masses
+            node[N] += added
             if log_gap is not None:
-                node[MEAN] += (log_gap - node[MEAN]) / node[N]
+                node[SUM] += log_gap
+                node[SQUARES] += log_gap * log_gap
                 node[LAST] = log_gap
 
 
 @dataclass(slots=True)
 class _Look:
-    """A call's nodes as found."""
+    """A call's nodes as found; ``numbers`` grow into its features."""
 
     words: CallWords
     numbers: list[float]
     data: NDArray[np.float32]
     stats: list[list[float]]
-    x: list[float]
     expected: float
+
+
+def _deviation(node: list[float]) -> float:
+    """Standard deviation of log10 s."""
+    n = node[N]
+    if not n:
+        return 0.0
+    variance = (node[SQUARES] - node[SUM] * node[SUM] / n) / n
+    return math.sqrt(variance) if variance > 0 else 0.0
 
 
 SHARED_LEVELS: Final = 5
 
 
 def _keys(words: CallWords, context: Context) -> tuple[Hashable, ...]:
-    """A call's nodes: five that all share (one of them the tenant's), five of the session, and the
-    session's surprises: at all tools, at this kind, how often a wait was slow, at all and here. A
-    session's keys are numbers, so that they mean nothing outside this process."""
+    """A call's nodes: five that all share (one of them the tenant's) and five of the session, whose
+    keys are numbers, so that they mean nothing outside this process."""
     kind, tool, program, sub, digest = words
     s = hash(context.session)
     return (
@@ -493,20 +486,16 @@ def _keys(words: CallWords, context: Context) -> tuple[Hashable, ...]:
         hash((s, 2, tool, program)),
         hash((s, 3, tool, program, sub)),
         hash((s, 4, digest)),
-        hash((s, 5)),
-        hash((s, 6, kind)),
-        hash((s, 7)),
-        hash((s, 8, tool, program)),
     )
 
 
 def _gain(call: CallBasis, bin_: int) -> float:
     """By how much the histograms forecast this bin better than the correction, log likelihood."""
-    share = call.weight
-    if share > 0.999:
+    if call.weight > 0.999:
         return 0.0
-    blended = float(call.blended[bin_])
-    corrected = max(0.0, (float(call.masses[bin_]) - share * blended) / (1 - share))
+    corrected = float(call.odds[bin_]) / call.odds_sum
+    alone = (1 - call.weight) * corrected
+    blended = max(0.0, float(call.masses[bin_]) - alone) / call.weight
     return math.log((blended + _LEAST) / (corrected + _LEAST))
 
 

@@ -37,7 +37,7 @@ from gateway.predictor.shell_words import (
     WRAPPERS,
 )
 
-LOOK_CHARS: Final = 600
+LOOK_CHARS: Final = 400
 """Characters of a command that are looked at."""
 MAX_COMMANDS: Final = 8
 MAX_SLEEP_S: Final = 86_400.0

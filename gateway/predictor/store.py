@@ -20,8 +20,8 @@ import orjson
 
 from gateway.predictor.correction import Correction
 from gateway.predictor.grid import BINS, EDGES_S
-from gateway.predictor.model import MAX_NODES, Overhead, Predictor, Returns
-from gateway.predictor.table import STATS, N
+from gateway.predictor.model import MAX_NODES, SHARED_MEMORY, Overhead, Predictor, Returns
+from gateway.predictor.table import STATS, UNIT, N
 from gateway.predictor.warp import BINS as WARP_BINS
 from gateway.predictor.warp import Warp
 
@@ -48,6 +48,7 @@ class Snapshot:
         kept = [(key, row) for key, row in predictor.table if isinstance(key, tuple)]
         rows = [row for _, row in kept]
         self.keys = [key for key, _ in kept]
+        predictor.table.normalise(rows)
         data = predictor.table.data.take(rows, axis=0)
         self.stats, self.counts = data[:, :STATS], data[:, STATS:]
         self.warps = {kind: list(warp.counts) for kind, warp in predictor.warps.items()}
@@ -134,7 +135,7 @@ def built(header: dict[str, Any], arrays: dict[str, Any], max_nodes: int = MAX_N
     if not np.allclose(header["edges_s"], EDGES_S):
         raise StateError("its grid of times is another")
     keys = [tuple(key) for key in header["keys"]]
-    stats = np.asarray(arrays["stats"], np.float32)
+    stats = np.array(arrays["stats"], np.float32)
     counts = np.asarray(arrays["counts"], np.float32)
     if stats.shape != (len(keys), STATS) or counts.shape != (len(keys), BINS):
         raise StateError("its parts do not fit together")
@@ -144,6 +145,7 @@ def built(header: dict[str, Any], arrays: dict[str, Any], max_nodes: int = MAX_N
         for word in key:
             if not isinstance(word, str) or len(word) > _MAX_WORD_CHARS:
                 raise StateError("it holds a name that cannot be")
+    stats[:, UNIT] = 1.0
     predictor = Predictor()
     predictor.table.max_nodes = max_nodes
     predictor.table.fill(keys[-max_nodes:], stats[-max_nodes:], counts[-max_nodes:])
@@ -210,19 +212,21 @@ def load(path: Path | None, max_nodes: int = MAX_NODES) -> Predictor:
 
 
 def merge(into: Predictor, other: Predictor) -> int:
-    """Add what another gateway has learned: histograms add up, means are averaged by weight.
+    """Add what another gateway has learned: sums and histograms add up.
     Returns how many nodes came."""
     came = 0
     for key, row in list(other.table):
         if not isinstance(key, tuple):
             continue
         to = into.table.touch(key)
-        mine, its = into.table.stats[to], other.table.stats[row]
-        n = float(mine[N] + its[N])
-        share = float(its[N]) / n if n else 0.0
-        into.table.stats[to] = mine * (1 - share) + its * share
-        into.table.stats[to, N] = n
-        into.table.counts[to] += other.table.counts[row]
+        into.table.normalise(to)
+        other.table.normalise(row)
+        mine, its = into.table.data[to], other.table.data[row]
+        if its[N] > mine[N]:
+            mine[:N] = its[:N]
+        mine[N:] += its[N:]
+        if mine[N] > SHARED_MEMORY:
+            mine[N:] *= SHARED_MEMORY / mine[N]
         came += 1
     for place, returns in other.returns.items():
         known = into.returns.setdefault(place, Returns())

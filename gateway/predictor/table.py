@@ -1,8 +1,8 @@
 """What is remembered of gaps: one row a node, in flat arrays, the least recently used out first.
 
 A node is a place in the hierarchy (all shell calls; `go test`; `go test` of this tenant; `go test`
-in this session). Its row holds a histogram of the gap and a few moving statistics of its log, both
-with exponential forgetting. About 400 bytes a node, all told.
+in this session). Its row holds a histogram of the gap and a few sums of its log, both with
+exponential forgetting. About 400 bytes a node, all told.
 """
 
 from __future__ import annotations
@@ -16,21 +16,37 @@ from numpy.typing import NDArray
 
 from gateway.predictor.grid import BINS
 
-N: Final = 0
-MEAN: Final = 1
-FAST: Final = 2
+FAST: Final = 0
+OFF_FAST: Final = 1
+SLOW_FAST: Final = 2
 LAST: Final = 3
-DEV: Final = 4
-BEFORE: Final = 5
-TRUST: Final = 6
-STATS: Final = 7
-"""Columns: weight of what was seen, mean and fast mean of log10 s, the last and the one before,
-mean absolute deviation, and by how much the node's histogram forecast better than the trained
-correction (log likelihood, moving sum)."""
+BEFORE: Final = 4
+TRUST: Final = 5
+UNIT: Final = 6
+N: Final = 7
+SUM: Final = 8
+SQUARES: Final = 9
+OFF: Final = 10
+SLOW: Final = 11
+STATS: Final = 12
+"""Columns of a node, followed by its histogram. Up to `TRUST` what moves at a pace of its own: fast
+means of log10 s, of the surprise against what the shared nodes expected, and of whether the wait
+was slow; the last log10 s and the one before; by how much the node's histogram has forecast better
+than the trained correction (log likelihood, moving sum). From `N` on sums that fade together: the
+weight of what was seen, log10 s and its square, surprises, slow waits, and the histogram. Instead
+of fading the old, each new gap weighs more than the one before: sums are in units of `UNIT`, what
+the latest gap weighed."""
+WIDTH: Final = STATS + BINS
+_MAX_UNIT: Final = 1e6
 
+_FAST_RATE: Final = 0.3
 _FIRST_ROWS: Final = 1024
 EMPTY_ROW: Final = 0
 """Row of a node that is not there: always zeros."""
+
+
+def _floats(data: NDArray[np.float32]) -> memoryview[float]:
+    return data.data.cast("B").cast("f")
 
 
 class NodeTable:
@@ -39,8 +55,10 @@ class NodeTable:
     def __init__(self, max_nodes: int) -> None:
         self.max_nodes = max_nodes
         rows = min(_FIRST_ROWS, max_nodes) + 1
-        self.data: NDArray[np.float32] = np.zeros((rows, STATS + BINS), np.float32)
+        self.data: NDArray[np.float32] = np.zeros((rows, WIDTH), np.float32)
         """A node's statistics, then its histogram."""
+        self.flat = _floats(self.data)
+        """The same floats one after another: reading and writing one is cheaper here."""
         self._rows: OrderedDict[Hashable, int] = OrderedDict()
         self.forgotten_total = 0
         self.find = self._rows.get
@@ -77,7 +95,46 @@ class NodeTable:
             if row >= len(self.data):
                 self._grow(row)
         self._rows[key] = row
+        self.flat[row * WIDTH + UNIT] = 1.0
         return row
+
+    def add(self, row: int, keep: float, log_gap: float, bin_: int) -> float:
+        """Count a gap into a node's sums, what is there fading by ``keep``. Returns the rate, the
+        new gap's share in the node's weight."""
+        flat = self.flat
+        at = row * WIDTH
+        unit = flat[at + UNIT] / keep
+        if unit > _MAX_UNIT:
+            self.normalise(row)
+            unit = 1.0 / keep
+        n = flat[at + N] + unit
+        flat[at + UNIT] = unit
+        flat[at + N] = n
+        flat[at + SUM] += unit * log_gap
+        flat[at + SQUARES] += unit * log_gap * log_gap
+        flat[at + STATS + bin_] += unit
+        return unit / n
+
+    def add_session(
+        self, row: int, keep: float, log_gap: float, bin_: int, surprise: float, slow: float
+    ) -> None:
+        """`add`, for a session's node, which also follows the latest gaps and surprises."""
+        rate = max(self.add(row, keep, log_gap, bin_), _FAST_RATE)
+        flat = self.flat
+        at = row * WIDTH
+        flat[at + FAST] += (log_gap - flat[at + FAST]) * rate
+        flat[at + OFF_FAST] += (surprise - flat[at + OFF_FAST]) * rate
+        flat[at + SLOW_FAST] += (slow - flat[at + SLOW_FAST]) * rate
+        flat[at + OFF] += flat[at + UNIT] * surprise
+        flat[at + SLOW] += flat[at + UNIT] * slow
+        flat[at + BEFORE] = flat[at + LAST]
+        flat[at + LAST] = log_gap
+
+    def normalise(self, rows: int | Sequence[int]) -> None:
+        """Make `UNIT` 1, so that sums count gaps."""
+        units = self.data[rows, UNIT]
+        self.data[rows, N:] /= units[..., None]
+        self.data[rows, UNIT] = 1.0
 
     def fill(
         self,
@@ -87,6 +144,7 @@ class NodeTable:
     ) -> None:
         """Take these nodes, least recently used first, in place of all there are."""
         self._rows.clear()
+        self.data[:] = 0
         self._grow(len(keys))
         self.stats[1 : len(keys) + 1] = stats
         self.counts[1 : len(keys) + 1] = counts
@@ -95,5 +153,6 @@ class NodeTable:
     def _grow(self, row: int) -> None:
         rows = min(max(row + row // 2, _FIRST_ROWS), self.max_nodes) + 1
         old = self.data
-        self.data = np.zeros((rows, STATS + BINS), np.float32)
+        self.data = np.zeros((rows, WIDTH), np.float32)
         self.data[: len(old)] = old[:rows]
+        self.flat = _floats(self.data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,12 +25,11 @@ from gateway.predictor.model import MAX_CALLS, CallBasis, Context, Predictor, Re
 from gateway.predictor.records import call_of, read
 from gateway.predictor.table import TRUST, N
 from gateway.predictor.warp import Warp
-from gateway.sessions import GAPS_KEPT
 
-TREES: Final = 130
+TREES: Final = 100
 DEPTH: Final = 6
-RATE: Final = 0.19
-FOLDS: Final = 4
+RATE: Final = 0.24
+FOLDS: Final = 3
 SEED: Final = 7
 
 CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
@@ -44,8 +44,6 @@ class Turn:
     records: list[dict[str, Any]]
     prompt_tokens: int
     last_failed: bool = False
-    since_human: int = 8
-    last_human_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -65,8 +63,6 @@ class Recorded:
             self.client,
             turn.prompt_tokens,
             turn.last_failed,
-            turn.since_human,
-            turn.last_human_s,
         )
 
 
@@ -96,33 +92,15 @@ def load(folder: Path) -> list[Recorded]:
             turn.calls.append(call_of(record))
             turn.durations_s.append(record["duration_s"])
             turn.records.append(record)
-    humans: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for session in sessions.values():
+        for before, turn in pairwise(session.turns):
+            turn.last_failed = before.records[-1]["is_error"] is True
     for path in sorted(folder.glob("tool-turns*.jsonl.gz")):
         for record in read(path):
-            if record["gap_kind"] == "user":
-                place = record["source"], record["session"]
-                humans.setdefault(place, []).append((record["t"] or 0.0, record["gap_s"]))
-    for place, session in sessions.items():
-        gaps = sorted(humans.get(place, []))
-        session.human_gaps_s = [gap_s for _, gap_s in gaps]
-        _note_humans(session.turns, gaps)
+            found = sessions.get((record["source"], record["session"]))
+            if found is not None and record["gap_kind"] == "user":
+                found.human_gaps_s.append(record["gap_s"])
     return list(sessions.values())
-
-
-def _note_humans(turns: list[Turn], gaps: list[tuple[float, float]]) -> None:
-    """Tell each turn how its session got there, as the gateway would know."""
-    ahead = list(reversed(gaps))
-    since, last_s = GAPS_KEPT, 0.0
-    failed = False
-    for turn in turns:
-        while ahead and ahead[-1][0] < (turn.records[0]["t"] or 0.0):
-            since, last_s = 0, ahead.pop()[1]
-            failed = False
-        turn.since_human = since
-        turn.last_human_s = last_s if since < GAPS_KEPT else 0.0
-        turn.last_failed = failed
-        failed = turn.records[-1]["is_error"] is True
-        since = min(since + 1, GAPS_KEPT)
 
 
 Seen = tuple[Turn, int, CallBasis, Forecast]
@@ -192,12 +170,11 @@ def prior_part(predictor: Predictor) -> Predictor:
     for key, row in old:
         if isinstance(key, tuple) and key[0] != "tenant":
             to = new.touch(key)
-            n = float(old.stats[row, N])
-            scale = min(1.0, PRIOR_WEIGHT / n) if n else 1.0
-            new.stats[to] = old.stats[row]
-            new.stats[to, N] = n * scale
-            new.stats[to, TRUST] = 0
-            new.counts[to] = old.counts[row] * np.float32(scale)
+            old.normalise(row)
+            new.data[to] = old.data[row]
+            new.data[to, TRUST] = 0
+            n = float(old.data[row, N])
+            new.data[to, N:] *= np.float32(min(1.0, PRIOR_WEIGHT / n) if n else 1.0)
     return kept
 
 

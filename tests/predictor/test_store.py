@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from gateway.dialects.turn import ToolCall
 from gateway.predictor import Context, Predictor, store
 from gateway.predictor.store import Snapshot, load, merge
+from gateway.predictor.table import STATS, N
 from tests.predictor.test_shell import LEAKY, SECRETS
 
 
@@ -166,8 +167,8 @@ def test_a_hundred_thousand_nodes_load_within_a_second(tmp_path: Path) -> None:
     predictor = Predictor()
     for number in range(100_000):
         row = predictor.table.touch(("sub", "Bash", f"program{number}", "sub"))
-        predictor.table.data[row, 0] = 1
-        predictor.table.data[row, 10] = 1
+        predictor.table.data[row, N] = 1
+        predictor.table.data[row, STATS + 3] = 1
     path = tmp_path / "state"
     Snapshot(predictor).write(path)
 
@@ -183,7 +184,7 @@ def test_two_states_merge() -> None:
     one, other = taught(), taught()
     key = ("sub", "Bash", "just", "zap")
     row = one.table.touch(key)
-    weight = float(one.table.stats[row, 0])
+    weight = float(one.table.stats[row, N])
     merge(one, other)
-    assert float(one.table.stats[row, 0]) == pytest.approx(2 * weight)
+    assert float(one.table.stats[row, N]) == pytest.approx(2 * weight)
     assert one.observed_total == 80
