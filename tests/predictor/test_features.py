@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.dialects.turn import ToolCall
@@ -87,6 +87,7 @@ def test_equal_calls_have_equal_digests() -> None:
     assert features_of(one)[0].digest != features_of(other)[0].digest
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=300))
 def test_nothing_makes_it_raise(name: str, arguments: str) -> None:
     words, numbers = features_of(ToolCall.of("", name, arguments))
@@ -105,6 +106,7 @@ keys = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["Bash", "Agent", "write_stdin", "Skill", "Monitor"]),
     st.dictionaries(keys, json_values),

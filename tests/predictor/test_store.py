@@ -184,6 +184,7 @@ def test_two_states_merge() -> None:
     one, other = taught(), taught()
     key = ("sub", "Bash", "just", "zap")
     row = one.table.touch(key)
+    one.table.normalise(row)
     weight = float(one.table.stats[row, N])
     merge(one, other)
     assert float(one.table.stats[row, N]) == pytest.approx(2 * weight)
