@@ -164,13 +164,14 @@ def _check_curve(reuse: Reuse, field: str) -> None:
             raise HintError(f"{field}.{name}", "not a finite number")
     t0, p0 = -1.0, 1.0
     for i, (t, p) in enumerate(reuse.survival):
+        if t0 < t < math.inf and p <= p0:  # which no NaN is
+            t0, p0 = t, p
+            continue
         if not (math.isfinite(t) and math.isfinite(p)):
             raise HintError(f"{field}.survival[{i}]", "not a finite number")
         if t <= t0:
             raise HintError(f"{field}.survival[{i}][0]", "times must rise")
-        if p > p0:
-            raise HintError(f"{field}.survival[{i}][1]", "the curve must not rise")
-        t0, p0 = t, p
+        raise HintError(f"{field}.survival[{i}][1]", "the curve must not rise")
 
 
 def _check_directives(retain: Retain, field: str) -> None:
@@ -238,7 +239,9 @@ class HintBook:
     def _reuse(self, action_id: str, reuse: Reuse, now: float) -> Answer:
         if reuse.elapsed_s > MAX_LAPSE_S:
             return Answer(action_id, "rejected", f"the gap is older than {MAX_LAPSE_S:.0f} s")
-        curve = tuple((t, p) for t, p in reuse.survival if t <= MAX_LAPSE_S)
+        curve = reuse.survival
+        if curve and curve[-1][0] > MAX_LAPSE_S:
+            curve = [(t, p) for t, p in curve if t <= MAX_LAPSE_S]
         refusal = self.sessions.forecast(
             reuse.session_id,
             reuse.idle_kind,

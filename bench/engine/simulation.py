@@ -162,7 +162,9 @@ def replay(
             figures.turn_s.append(now - arrived)
             figures.session_s[i] += now - arrived
             if hint is not None and (payload := hint(f"s{i}", sessions[i], k)) is not None:
-                answer = json.loads(scheduler.cachewise("hints", _envelope(request, payload)))
+                answer = json.loads(
+                    scheduler.cachewise("hints", envelope(request.request_id, payload))
+                )
                 assert answer["results"][0]["status"] == "applied", answer
             if k + 1 < len(sessions[i]):
                 heapq.heappush(arrivals, (now + sessions[i][k + 1].gap_s, i, k + 1))
@@ -220,13 +222,12 @@ def _answer(turns: list[Turn], session: int, k: int, output: int, block: int) ->
     return answer + [-(k + 1) * 1_000_000 - n for n in range(output - len(answer))]
 
 
-def _envelope(request: Request, payload: dict[str, Any]) -> str:
+def envelope(message_id: str, payload: dict[str, Any]) -> str:
+    """A message of one `cachewise.reuse`."""
     action = {
         "action_id": "0",
         "action_type": "cachewise.reuse",
         "action_version": "1.0",
         "payload": payload,
     }
-    return json.dumps(
-        {"protocol_version": "0.1", "message_id": request.request_id, "actions": [action]}
-    )
+    return json.dumps({"protocol_version": "0.1", "message_id": message_id, "actions": [action]})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+TOKENS_PER_BLOCK = 16
+
 
 @dataclass(eq=False, slots=True)
 class PlainBlock:
@@ -13,6 +15,7 @@ class PlainBlock:
     block_id: int
     ref_cnt: int = 0
     block_hash: Any = None
+    block_hash_num_tokens: int | None = None
     prev_free_block: Any = None
     next_free_block: Any = None
     is_null: bool = False
@@ -43,7 +46,7 @@ class Pool:
                 self.queue.remove(block)
             block.ref_cnt += 1
         fresh = self.queue.popleft_n(len(names) - len(hits))
-        for block, name in zip(fresh, names[len(hits) :], strict=True):
+        for i, (block, name) in enumerate(zip(fresh, names[len(hits) :], strict=True), len(hits)):
             assert block.ref_cnt == 0
             if block.block_hash is not None:
                 self.evicted.append(block.block_hash)
@@ -51,6 +54,7 @@ class Pool:
             block.ref_cnt = 1
             if name is not None:
                 block.block_hash = name
+                block.block_hash_num_tokens = (i + 1) * TOKENS_PER_BLOCK
                 self.cached[name] = block
         return hits + fresh
 
@@ -68,4 +72,4 @@ class Pool:
         """The block's content is gone or invalid; another of the same name may remain."""
         if self.cached.get(block.block_hash) is block:
             del self.cached[block.block_hash]
-        block.block_hash = None
+        block.block_hash = block.block_hash_num_tokens = None

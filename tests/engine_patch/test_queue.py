@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from engine_patch.forecast import Forecast
-from engine_patch.queue import ReuseAwareFreeQueue
+from engine_patch.queue import ReuseAwareFreeQueue, _walk
 from engine_patch.regret import EvictionLedger
 from engine_patch.sessions import MAX_LAPSE_S, Retention, SessionTable
 from tests.engine_patch.pool import PlainBlock, Pool
@@ -360,16 +360,16 @@ class Accounting(RuleBasedStateMachine):
         for block in pod.blocks:
             linked = block.prev_free_block is not None and block.next_free_block is not None
             assert linked == (id(block) not in in_use)
-        owned = [g for g in queue._group if g is not None]
+        group_of = [run and run.group for run in queue._run]
+        owned = [g for g in group_of if g is not None and g is not queue._anonymous]
         for group in queue.groups():
             assert group.size == owned.count(group) > 0
-            listed = sum(1 for b in free if queue._group[b.block_id] is group)
-            assert group.free == listed
+            listed = {b.block_id for b in free if group_of[b.block_id] is group}
+            assert listed == {b.block_id for b in _walk(group)}
             for session in group.members:
                 assert group in session.groups
                 assert pod.sessions.get(session.key) is session
         assert set(owned) == set(queue.groups())
-        assert queue._grouped_free == sum(g.free for g in queue.groups())
         for session in pod.sessions:
             assert session.groups <= set(queue.groups())
 
@@ -386,12 +386,12 @@ class Accounting(RuleBasedStateMachine):
         pod.wait(MAX_LAPSE_S + 1)
         pod.sessions.sweep(pod.now)
         pod.ledger.expire(pod.now)
-        assert len(pod.sessions) == len(pod.ledger) == pod.queue._grouped_free == 0
+        assert len(pod.sessions) == len(pod.ledger) == 0
         assert not pod.queue._groups
         assert not pod.queue._by_members
         assert not pod.queue._lru
         assert not pod.queue._scored
-        assert not any(pod.queue._group)
+        assert not any(pod.queue._run)
 
 
 TestAccounting = Accounting.TestCase
