@@ -45,7 +45,7 @@ class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     action_id: Id
     action_type: Id
     action_version: Id
-    payload: dict[str, Any]
+    payload: msgspec.Raw
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,11 +82,15 @@ class Retain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scope: Id | None = None
 
 
+_decode_envelope = msgspec.json.Decoder(Envelope).decode
+_decode_reuse = msgspec.json.Decoder(Reuse).decode
+_decode_retain = msgspec.json.Decoder(Retain).decode
+
 Payload = Reuse | Retain
 Parsed = list[tuple[Action, Payload | None]]
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What became of one action."""
 
     action_id: str
@@ -101,11 +105,9 @@ def parse(body: bytes | dict[str, Any]) -> tuple[Envelope, Parsed]:
         HintError: naming the field that is wrong.
     """
     try:
-        envelope = (
-            msgspec.json.decode(body, type=Envelope)
-            if isinstance(body, bytes)
-            else msgspec.convert(body, Envelope)
-        )
+        if not isinstance(body, bytes):
+            body = msgspec.json.encode(body)
+        envelope = _decode_envelope(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _hint_error(error, "") from None
     if envelope.protocol_version != PROTOCOL_VERSION:
@@ -141,12 +143,12 @@ def _parse_payload(action: Action, field: str) -> Payload | None:
     field += ".payload"
     try:
         if action.action_type == "kv.retain":
-            retain = msgspec.convert(action.payload, Retain)
+            retain = _decode_retain(action.payload)
             _check_id(retain.scope, f"{field}.scope")
             _check_directives(retain, field)
             return retain
-        reuse = msgspec.convert(action.payload, Reuse)
-    except msgspec.ValidationError as error:
+        reuse = _decode_reuse(action.payload)
+    except msgspec.DecodeError as error:
         raise _hint_error(error, field) from None
     _check_id(reuse.session_id, f"{field}.session_id")
     _check_curve(reuse, field)
