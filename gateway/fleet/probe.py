@@ -47,7 +47,7 @@ class Capabilities:
     session_id: bool = False
     """The engine sees `X-Session-ID`."""
     kv_hints: bool = False
-    """The pod takes `POST /v1/kv_hints`."""
+    """The pod takes `POST /v1/kv_hints` and acts on it."""
     embedded: bool = False
     """An embedded pod, not vLLM."""
 
@@ -171,9 +171,8 @@ def _capabilities(
     series = re.match(r"v?(\d+)\.(\d+)", version or "")
     since = series is not None and (int(series[1]), int(series[2])) >= SESSION_ID_SINCE
     hints = _json(kv_hints, "/v1/kv_hints/capabilities")
-    return Capabilities(
-        session_id=embedded or since, kv_hints=isinstance(hints, dict), embedded=embedded
-    )
+    active = isinstance(hints, dict) and hints.get("active") is True
+    return Capabilities(session_id=embedded or since, kv_hints=active, embedded=embedded)
 
 
 def _load(answer: httpx.Response | ProbeError) -> tuple[PodLoad | None, tuple[str, ...]]:
