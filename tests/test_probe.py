@@ -102,6 +102,21 @@ async def test_a_pod_that_does_not_say_that_its_patch_is_active_takes_no_hints(
     assert not (await Pod(answer).probed()).capabilities.kv_hints
 
 
+async def test_a_pod_late_to_tell_its_capabilities_is_asked_again() -> None:
+    patched = {"/v1/kv_hints/capabilities": JSONResponse({"active": True})}
+    busy = Pod(patched, hang="/v1/kv_hints/capabilities")
+    first = await busy.probed(timeout_s=0.2)
+    assert first.ready
+    assert not first.settled
+    assert not first.capabilities.kv_hints
+    second = await Pod(patched).probed(known=first)
+    assert second.settled
+    assert second.capabilities.kv_hints
+    third = Pod(patched)
+    assert (await third.probed(known=second)).capabilities == second.capabilities
+    assert len(third.seen) == 3
+
+
 async def test_an_embedded_pod_says_so_and_needs_no_version() -> None:
     embedded = {
         "/health": Response(headers={"x-cachewise-embedded": "1"}),

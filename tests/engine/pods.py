@@ -18,7 +18,7 @@ from tests.engine import tiny_model
 MODEL = "tiny"
 BLOCK_SIZE_TOKENS = 32
 NUM_BLOCKS = 2 * tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 15.0
 
 
