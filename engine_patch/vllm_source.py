@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 import tarfile
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +17,8 @@ INDEX = "https://pypi.org/simple/vllm/"
 
 def fetch(version: str, directory: Path, *parts: str) -> Path:
     """Unpack what begins with one of `parts` of `vllm==version` into `directory`; return its root.
+
+    A root that is there already is returned as it is.
 
     Raises:
         LookupError: PyPI has no such source distribution.
@@ -34,19 +37,19 @@ def fetch(version: str, directory: Path, *parts: str) -> Path:
     if found is None:
         raise LookupError(f"PyPI has no {name}")
     directory.mkdir(parents=True, exist_ok=True)
-    archive = directory / name
-    digest = hashlib.sha256()
-    with urllib.request.urlopen(found["url"], timeout=300) as source, archive.open("wb") as out:  # noqa: S310
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-            out.write(chunk)
-    if digest.hexdigest() != found["hashes"]["sha256"]:
-        archive.unlink()
-        raise ValueError(f"{name}: SHA-256 differs from PyPI's")
-    with tarfile.open(archive) as tar:
-        members = [m for m in tar if m.name.partition("/")[2].startswith(parts)]
-        tar.extractall(directory, members, filter="data")
-    archive.unlink()
+    with tempfile.TemporaryDirectory(dir=directory) as unfinished:
+        archive = Path(unfinished) / name
+        digest = hashlib.sha256()
+        with urllib.request.urlopen(found["url"], timeout=300) as source, archive.open("wb") as out:  # noqa: S310
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                out.write(chunk)
+        if digest.hexdigest() != found["hashes"]["sha256"]:
+            raise ValueError(f"{name}: SHA-256 differs from PyPI's")
+        with tarfile.open(archive) as tar:
+            members = [m for m in tar if m.name.partition("/")[2].startswith(parts)]
+            tar.extractall(unfinished, members, filter="data")
+        (Path(unfinished) / root.name).rename(root)  # all of it or none
     return root
 
 

