@@ -6,13 +6,14 @@ built or imported.
 
 import hashlib
 import json
+import os
 import sys
 import tarfile
 import tempfile
 import urllib.request
 from pathlib import Path
 
-INDEX = "https://pypi.org/simple/vllm/"
+from pip._internal.models.index import PyPI
 
 
 def fetch(version: str, directory: Path, *parts: str) -> Path:
@@ -27,8 +28,9 @@ def fetch(version: str, directory: Path, *parts: str) -> Path:
     root = directory / f"vllm-{version}"
     if root.is_dir():
         return root
-    request = urllib.request.Request(
-        INDEX, headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+    index = os.environ.get("PIP_INDEX_URL", PyPI.simple_url).rstrip("/")
+    request = urllib.request.Request(  # noqa: S310
+        f"{index}/vllm/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
         files = json.load(answer)["files"]
