@@ -227,9 +227,10 @@ class ReuseAwareFreeQueue:
         """Free blocks in eviction order, after all of their kind that are free already."""
         if not blocks:
             return
+        tail = self.fake_free_list_tail
+        assert tail.prev_free_block is not None
         self.num_free_blocks += len(blocks)
         if not self._tracking:
-            tail = self.fake_free_list_tail
             _link(blocks, tail.prev_free_block, tail)
             return
         runs, now = self._run, self.now
