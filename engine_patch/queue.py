@@ -462,8 +462,8 @@ class ReuseAwareFreeQueue:
             ):
                 assert worst is not None, "fewer blocks linked than counted free"
                 victims = _unlink_first(worst, 1 if worst.stepwise else n - len(taken))
-                self._account(worst, victims, worst.cause)
                 self._giving = None if worst.stepwise else worst
+                self._account(worst, victims, worst.cause)
             else:
                 victims = self._take_aged(oldest, n - len(taken), score)
                 self._account(oldest, victims, "lru")
