@@ -26,7 +26,10 @@ class Turn:
     idle_kind: str  # of the gap after it
 
 
-def load(path: Path) -> list[list[Turn]]:
+Session = list[Turn]
+
+
+def load(path: Path) -> list[Session]:
     """Parent turns of every session, cut at gaps over 300 s, equal ones dropped."""
     pieces: dict[tuple[Turn, ...], None] = {}
     with gzip.open(path, "rt") as lines:
@@ -37,7 +40,7 @@ def load(path: Path) -> list[list[Turn]]:
     return [list(piece) for piece in pieces]
 
 
-def sample(pieces: list[list[Turn]], n: int, seed: int) -> list[list[Turn]]:
+def sample(pieces: list[Session], n: int, seed: int) -> list[Session]:
     """`n` sessions, at most 40 turns of each."""
     shuffled = list(pieces)
     random.Random(seed).shuffle(shuffled)
@@ -67,8 +70,8 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
     return turns
 
 
-def _cut(turns: list[Turn]) -> list[list[Turn]]:
-    pieces: list[list[Turn]] = [[]]
+def _cut(turns: list[Turn]) -> list[Session]:
+    pieces: list[Session] = [[]]
     for turn in turns:
         too_long = len(turn.blocks) * BLOCK_TOKENS > MAX_PROMPT_TOKENS
         if turn.gap_s > MAX_GAP_S or too_long:
