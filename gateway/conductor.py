@@ -75,9 +75,20 @@ class Conductor:
             run.serving.__exit__(None, None, None)
             if ended is not None:
                 losses = self._learn(run, ended)
+            elif run.first_token_s is not None:
+                self._learn_prompt(run)
         finally:
             self.admission.end(run.ticket, now, ended)
         return losses
+
+    def _learn_prompt(self, run: Run) -> None:
+        """The answer began and was not finished: its prompt is in the cache all the same."""
+        arrival = run.ticket.ask.arrival
+        decision = run.ticket.decision
+        assert run.first_token_s is not None
+        uncached_tokens = max(1, arrival.prompt_tokens - decision.resident_tokens)
+        run.pod.rate.learn(run.tokens_ahead + uncached_tokens, run.first_token_s)
+        run.pod.residency.touch(arrival.sid, arrival.prompt_tokens, arrival.heads)
 
     def _learn(self, run: Run, ended: Ended) -> dict[LossCause, int]:
         arrival = run.ticket.ask.arrival
