@@ -35,16 +35,24 @@ that enforcing would have saved; ``off`` only routes.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from math import inf
 from typing import Final, Literal, Protocol
 
 from engine_patch.forecast import Forecast as ReuseForecast
 from gateway.fleet.pod import Pod
-from gateway.holds import AGE_BOUND_S, PRIORITY_WEIGHT, Priority, ShareClass, Shares, precedence
+from gateway.holds import (
+    AGE_BOUND_S,
+    PRIORITY_WEIGHT,
+    Entry,
+    HoldQueue,
+    Priority,
+    ShareClass,
+    Shares,
+    standing_s,
+)
 from gateway.idle import IdleKind
 from gateway.routing import Arrival, Decision, Policy, Reason, choose
 
@@ -63,6 +71,10 @@ PACE_S: Final = 5.0
 MAX_PACE_S: Final = 120.0
 REGRET_KEEP: Final = 0.98
 """Of the regret's memory, kept over a turn: about the last 50 turns count."""
+LOOK_AHEAD: Final = 16
+"""Held turns that are tried for the room that there is, before the rest must wait for more."""
+STALE_TOKENS: Final = 2_048
+"""A held turn that lost more of its KV than this is put in its order anew."""
 RECHECK: Final = 0.05
 """A reuse rate stands until this share has been added to the time waited, at least 0.2 s."""
 
@@ -192,6 +204,8 @@ class Ticket:
     """The one pod it may be released to; None for any."""
     shared_tokens: int = 0
     """Of its prompt, tokens of a prefix that other sessions left on some pod."""
+    missing_tokens: int = 0
+    """Of its prompt, what was not resident there when it was looked at last."""
     home: Book | None = None
     """While held, where its live KV is."""
     kept: bool = False
@@ -200,6 +214,8 @@ class Ticket:
     """Of a held turn: its fair share of waiting."""
     place: Place | None = None
     open: bool = True
+    entries: tuple[Entry, ...] = ()
+    """See `HoldQueue`."""
     context: object = None
     """The caller's own."""
 
@@ -297,8 +313,8 @@ class Admission:
     """The books of all pods and the turns held. All methods take ``now``, seconds of one clock.
 
     ``released`` is called with each held turn that gets its place; ``ticket.decision`` says where.
-    ``arrive`` costs O(pods); where room may appear, the turns held (at most ``max_held``) are
-    looked through once.
+    ``arrive`` costs O(pods + places of a pod), every other event O(places of a pod) and O(log held)
+    for each turn it releases; ``tick`` does so for each pod.
     """
 
     def __init__(
@@ -307,18 +323,21 @@ class Admission:
         mode: Mode = "enforce",
         policy: Policy = "expected_ttft",
         max_held: int = 10_000,
-        age_bound_s: float = AGE_BOUND_S,
+        age_bound_s: float | None = None,
     ) -> None:
         self.mode = mode
         self.policy: Policy = policy
         self.max_held = max_held
-        self.age_bound_s = age_bound_s
+        self.age_bound_s = AGE_BOUND_S if age_bound_s is None else age_bound_s
         self.books: dict[str, Book] = {}
         self.saved_tokens = 0
         """``observe``: tokens lost to eviction that enforcing would have kept."""
         self._released = released
         self._places: dict[str, tuple[Book, Place]] = {}
-        self._held: dict[int, Ticket] = {}
+        self._queues: dict[Lane, HoldQueue[Ticket]] = {
+            "agent": HoldQueue(),
+            "aside": HoldQueue(),
+        }
         self._shares = Shares()
         self._numbers = count()
         self._adapted_at = -inf
@@ -326,12 +345,12 @@ class Admission:
 
     @property
     def held(self) -> Iterator[Ticket]:
-        """Turns held, oldest first."""
-        return iter(self._held.values())
+        """Turns held."""
+        return chain.from_iterable(self._queues.values())
 
     @property
     def held_count(self) -> int:
-        return len(self._held)
+        return sum(map(len, self._queues.values()))
 
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
@@ -373,7 +392,7 @@ class Admission:
         if self._fits(book, ask):
             return 0.0
         live = book.pod.residency.tokens(ask.arrival.sid) if ask.arrival.home else 0
-        ahead = book.homed + (0 if live else len(self._held) / len(self.books))
+        ahead = book.homed + (0 if live else len(self._queues[ask.lane]) / len(self.books))
         return book.wait_s(now) * (1 + ahead)
 
     def _fits(self, book: Book, ask: Ask) -> bool:
@@ -385,11 +404,11 @@ class Admission:
         return book.additional_tokens(ask) <= book.room_tokens(ask)
 
     def _hold(self, ticket: Ticket, book: Book, pods: Sequence[Pod], now: float) -> None:
-        if len(self._held) >= self.max_held and self.mode == "enforce":
+        if self.held_count >= self.max_held and self.mode == "enforce":
             raise QueueFull
         ask = ticket.ask
-        pace = sum(1 / self.books[pod.name].wait_s(now) for pod in pods)
-        ticket.expected_wait_s = (1 + len(self._held)) / pace
+        per_s = sum(1 / self.books[pod.name].pace_s for pod in pods)
+        ticket.expected_wait_s = (1 + len(self._queues[ask.lane])) / per_s
         ticket.due_at = ticket.arrived_at + ticket.expected_wait_s + self.age_bound_s
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
@@ -397,14 +416,14 @@ class Admission:
         ticket.shared_tokens = max(
             (pod.residency.shared_tokens(ask.arrival.heads) for pod in pods), default=0
         )
-        if not self._held:
+        if not self.held_count:
             for other in self.books.values():
                 other.released_at = max(other.released_at, now - other.pace_s)
-        self._held[ticket.number] = ticket
         self._shares.waits(ask.share)
         ticket.home = self._live_home(ask)
         if ticket.home is not None:
             ticket.home.homed += 1
+        self._enqueue(ticket, book)
         self._arriving = ticket
         try:
             self._fill(book, now)
@@ -414,10 +433,34 @@ class Admission:
     def _live_home(self, ask: Ask) -> Book | None:
         """Where the session's KV is believed to be."""
         home = self.books.get(ask.arrival.home) if ask.arrival.home is not None else None
-        return home if home is not None and home.pod.ready else None
+        if home is None or not home.pod.ready or not home.pod.residency.tokens(ask.arrival.sid):
+            return None
+        return home
+
+    def _enqueue(self, ticket: Ticket, book: Book) -> None:
+        """Let the turn stand in its lane's queue; ``book`` is the pod it was offered."""
+        ask = ticket.ask
+
+        def standing(tokens: int, of: Book) -> float:
+            additional_s = tokens / of.pod.rate.tokens_per_s
+            return standing_s(additional_s, ticket.arrived_at, ask.person_waits)
+
+        home = book if ticket.only is not None else ticket.home
+        home_s = 0.0
+        if home is not None:
+            ticket.missing_tokens = self._missing_tokens(ticket, home.pod)
+            home_s = standing(ticket.missing_tokens, home)
+        away_tokens = max(0, ask.arrival.prompt_tokens - ticket.shared_tokens)
+        self._queues[ask.lane].add(
+            ticket,
+            ask.share,
+            home.pod.name if home is not None else None,
+            home_s,
+            None if ticket.only is not None else standing(away_tokens, book),
+        )
 
     def _unhold(self, ticket: Ticket, now: float) -> None:
-        del self._held[ticket.number]
+        self._queues[ticket.ask.lane].remove(ticket)
         self._shares.waits_no_more(ticket.ask.share)
         ticket.held = False
         ticket.held_s = now - ticket.arrived_at
@@ -460,7 +503,7 @@ class Admission:
         ticket.open = False
         if self.mode == "off":
             return
-        if ticket.number in self._held:
+        if ticket in self._queues[ticket.ask.lane]:
             claimed = self.books.get(ticket.claim or "")
             self._unhold(ticket, now)
             if claimed is not None:
@@ -513,13 +556,16 @@ class Admission:
             return
         for place in book.places.values():
             del self._places[place.sid]
-        for ticket in self._held.values():
+        for queue in self._queues.values():
+            queue.drop_home(name)
+        for ticket in self.held:
             if ticket.claim == name:
                 ticket.claim = None
-            if ticket.only == name:
-                ticket.only = None
             if ticket.home is book:
                 ticket.home = None
+            if ticket.only == name:
+                ticket.only = None
+                self._enqueue(ticket, book)
         self.pods_changed(now)
 
     def pod_restarted(self, name: str, now: float) -> None:
@@ -552,7 +598,7 @@ class Admission:
             self._adapted_at = now
             for book in self.books.values():
                 self._adapt(book)
-        if self._held:
+        if self.held_count:
             for book in list(self.books.values()):
                 self._fill(book, now)
 
@@ -560,9 +606,9 @@ class Admission:
         low, high = RESERVE_RANGE
         if book.regret > 0.05:
             book.reserve = max(low, book.reserve - 0.002)
-        elif self._held and book.pod.in_flight == 0:
+        elif self.held_count and book.pod.in_flight == 0:
             book.reserve = min(high, book.reserve + 0.01)
-        elif self._held and book.regret < 0.02:
+        elif self.held_count and book.regret < 0.02:
             book.reserve = min(high, book.reserve + 0.0005)
 
     # -- places and holds ------------------------------------------------------------------------
@@ -579,52 +625,54 @@ class Admission:
 
     def _fill(self, book: Book, now: float) -> None:
         """Give places on the pod to held turns, the first in order first, while they fit."""
-        pod = book.pod
-        if not self._held or not pod.ready or pod.draining:
+        if not book.pod.ready or book.pod.draining:
+            return
+        asides, agents = self._queues["aside"], self._queues["agent"]
+        if asides:
+            for ticket in chain(asides.due(now), asides.next(book.pod.name, {}, now)):
+                if not self._may_go(ticket, book, now):
+                    continue
+                if not self._fits(book, ticket.ask):
+                    break
+                self._release(ticket, book, now)
+        if not agents:
             return
         dispensable = self._dispensable(book, now)
-        room_tokens = book.budget_tokens - book.tokens
-        most_tokens = room_tokens + sum(place.own_tokens for _, place in dispensable)
-        if most_tokens <= 0 and book.places and book.aside_tokens:
-            return
-        debts = self._shares.debts()
-        tokens_per_s = pod.rate.tokens_per_s
-        queue = []
-        for ticket in self._held.values():
-            ask = ticket.ask
-            overdue_s = now - ticket.due_at
-            if overdue_s < 0 and ask.tokens - ticket.shared_tokens > most_tokens and book.places:
+        for ticket in agents.due(now):
+            if not self._may_go(ticket, book, now):
                 continue
-            missing_tokens = self._missing_tokens(ticket, pod)
-            if not self._may_go(ticket, book, missing_tokens, now):
-                continue
-            key = precedence(
-                missing_tokens / tokens_per_s,
-                debts[ask.share],
-                now - ticket.arrived_at,
-                ask.person_waits,
-                overdue_s,
-            )
-            queue.append((key, ticket.number, ticket))
-        heapq.heapify(queue)
-        while queue:
-            key, _, ticket = heapq.heappop(queue)
-            due = key[0] == 0
-            if self._make_room(book, ticket.ask, dispensable, due, now):
+            if self._make_room(book, ticket.ask, dispensable, True, now):
                 self._release(ticket, book, now)
-            elif due and ticket.ask.lane == "agent":
-                if ticket.claim is None and book.claim is None:
-                    ticket.claim = pod.name
-                    book.claim = ticket
-                if book.claim is ticket:
-                    return
+                continue
+            if ticket.claim is None and book.claim is None:
+                ticket.claim = book.pod.name
+                book.claim = ticket
+            if book.claim is ticket:
+                return
+        if book.claim is not None:
+            return
+        spare = sum(place.own_tokens for rate, place in dispensable if rate < inf)
+        most_tokens = book.budget_tokens - book.tokens + spare
+        if most_tokens <= 0 and book.places:
+            return
+        looked_at = 0
+        for ticket in agents.next(book.pod.name, self._shares.debts(), now):
+            if looked_at >= LOOK_AHEAD:
+                break
+            looked_at += 1
+            fewest_tokens = ticket.ask.tokens - ticket.shared_tokens
+            if (fewest_tokens > most_tokens and book.places) or not self._may_go(ticket, book, now):
+                continue
+            if self._make_room(book, ticket.ask, dispensable, False, now):
+                self._release(ticket, book, now)
+                looked_at = 0
 
     def _missing_tokens(self, ticket: Ticket, pod: Pod) -> int:
         arrival = ticket.ask.arrival
         own_tokens = min(pod.residency.tokens(arrival.sid), arrival.same_tokens)
         return max(0, arrival.prompt_tokens - max(own_tokens, ticket.shared_tokens))
 
-    def _may_go(self, ticket: Ticket, book: Book, missing_tokens: int, now: float) -> bool:
+    def _may_go(self, ticket: Ticket, book: Book, now: float) -> bool:
         """Whether the turn may be released to this pod. Live KV elsewhere moves only if computing
         it here ends sooner than waiting there."""
         pod = book.pod
@@ -634,9 +682,14 @@ class Admission:
         if pod.models and ask.model not in pod.models:
             return False
         home = ticket.home
-        if home is None or home is book or not home.pod.ready:
+        if home is None or not home.pod.ready:
             return True
         there_tokens = self._missing_tokens(ticket, home.pod)
+        if there_tokens > ticket.missing_tokens + STALE_TOKENS:
+            self._enqueue(ticket, book)  # its KV has gone meanwhile: it stands elsewhere now
+        if home is book:
+            return True
+        missing_tokens = self._missing_tokens(ticket, pod)
         if there_tokens >= missing_tokens:
             return True
         there_s = there_tokens / home.pod.rate.tokens_per_s + home.wait_s(now) * home.homed

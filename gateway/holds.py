@@ -12,7 +12,9 @@ a turn held `AGE_BOUND_S` beyond its fair share is passed by no one any more.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import heapq
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 Priority = Literal["interactive", "batch"]
 ShareClass = tuple[str, Priority]
@@ -29,22 +31,175 @@ MAX_DEBT_S: Final = 600.0
 MAX_CLASSES: Final = 4096
 
 
+def standing_s(additional_s: float, arrived_at: float, person_waits: bool) -> float:
+    """What of a turn's precedence does not change while it is held, in seconds."""
+    head_start_s = HEAD_START_S if person_waits else 0.0
+    return additional_s + AGE_WEIGHT * arrived_at - head_start_s
+
+
 def precedence(
-    additional_s: float, debt_s: float, held_s: float, person_waits: bool, overdue_s: float
+    additional_s: float,
+    debt_s: float,
+    arrived_at: float,
+    person_waits: bool,
+    due_at: float,
+    now: float,
 ) -> tuple[int, float]:
-    """Sorts held turns, least first.
+    """Sorts held turns, least first. `HoldQueue` keeps this order.
 
     Args:
         additional_s: prefill seconds of the tokens that are not resident on the pod in question.
         debt_s: pod-seconds that the turn's class has had beyond its share (`Shares.debts`).
-        held_s: how long the turn has been held.
+        arrived_at: since when it is held.
         person_waits: whether a person waits for it, not a tool loop.
-        overdue_s: seconds since the turn became due; negative before.
+        due_at: when it has been held `AGE_BOUND_S` beyond its fair share.
+        now: seconds of the same clock.
     """
-    if overdue_s >= 0:
-        return (0, -overdue_s)
-    head_start_s = HEAD_START_S if person_waits else 0.0
-    return (1, additional_s + debt_s - AGE_WEIGHT * held_s - head_start_s)
+    if now >= due_at:
+        return (0, due_at)
+    return (1, standing_s(additional_s, arrived_at, person_waits) + debt_s - AGE_WEIGHT * now)
+
+
+class Held(Protocol):
+    """What the queue reads and writes of a held turn."""
+
+    number: int
+    due_at: float
+    entries: tuple[Entry, ...]
+    """Where it stands in the queue; an entry in a heap that is not here any more is void."""
+
+
+H = TypeVar("H", bound=Held)
+Entry = tuple[float, int, Any]
+
+
+class HoldQueue(Generic[H]):
+    """Held turns, by `precedence` as each pod sees it.
+
+    A turn with live KV somewhere costs less there than elsewhere, so it stands in two heaps of its
+    class: that of its home, and that of all other pods. Age weighs linearly, so the order within a
+    heap never changes. Adding, removing and taking the next cost O(log turns) and O(classes).
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, H] = {}
+        self._home: dict[str, dict[ShareClass, list[Entry]]] = {}
+        self._away: dict[ShareClass, list[Entry]] = {}
+        self._due: list[Entry] = []
+        self._entries = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[H]:
+        """Oldest first."""
+        return iter(self._held.values())
+
+    def __contains__(self, hold: H) -> bool:
+        return hold.number in self._held
+
+    def add(
+        self, hold: H, share: ShareClass, home: str | None, home_s: float, away_s: float | None
+    ) -> None:
+        """Take a turn in, or anew.
+
+        Args:
+            hold: the turn.
+            share: its class.
+            home: the pod where it stands apart; None if nowhere.
+            home_s: its `standing_s` there.
+            away_s: on all other pods; None if it may go to its home only.
+        """
+        self._held[hold.number] = hold
+        due = (hold.due_at, hold.number, hold)
+        heapq.heappush(self._due, due)
+        entries = [due]
+        if home is not None:
+            entries.append((home_s, hold.number, hold))
+            heap = self._home.setdefault(home, {}).setdefault(share, [])
+            heapq.heappush(heap, entries[-1])
+        if away_s is not None:
+            entries.append((away_s, hold.number, hold))
+            heapq.heappush(self._away.setdefault(share, []), entries[-1])
+        hold.entries = tuple(entries)
+        self._entries += len(entries)
+        if self._entries > 6 * len(self._held) + 64:
+            self._compact()
+
+    def remove(self, hold: H) -> None:
+        del self._held[hold.number]
+        hold.entries = ()
+        if not self._held:
+            self._home.clear()
+            self._away.clear()
+            self._due.clear()
+            self._entries = 0
+
+    def drop_home(self, home: str) -> None:
+        """The pod is gone; turns that stood there apart stand where all stand."""
+        self._home.pop(home, None)
+
+    def _compact(self) -> None:
+        heaps = [heap for by_class in self._home.values() for heap in by_class.values()]
+        self._entries = 0
+        for heap in [*heaps, *self._away.values(), self._due]:
+            heap[:] = [entry for entry in heap if _valid(entry)]
+            heapq.heapify(heap)
+            self._entries += len(heap)
+        for by_class in [*self._home.values(), self._away]:
+            for share in [share for share, heap in by_class.items() if not heap]:
+                del by_class[share]
+        for home in [home for home, by_class in self._home.items() if not by_class]:
+            del self._home[home]
+
+    def due(self, now: float) -> Iterator[H]:
+        """Turns that are due, the longest due first. They may be removed meanwhile."""
+        yield from _pick([(0.0, self._due)], lambda key, _: key <= now)
+
+    def next(self, pod: str, debts: Mapping[ShareClass, float], now: float) -> Iterator[H]:
+        """Turns that are not due, in the pod's order. They may be removed meanwhile."""
+        heaps = [
+            (debts.get(share, 0.0), heap)
+            for by_class in (self._home.get(pod, {}), self._away)
+            for share, heap in by_class.items()
+        ]
+        seen: set[int] = set()
+        for hold in _pick(heaps, lambda _, hold: True):
+            if hold.due_at > now and hold.number not in seen:
+                seen.add(hold.number)
+                yield hold
+
+
+def _valid(entry: Entry) -> bool:
+    return any(entry is mine for mine in entry[2].entries)
+
+
+def _pick(
+    heaps: list[tuple[float, list[Entry]]], wanted: Callable[[float, Any], bool]
+) -> Iterator[Any]:
+    """Entries of heaps, each with what is added to its keys, from the least on."""
+    taken: list[tuple[list[Entry], Entry]] = []
+    tops = [(heap[0][0] + plus, i) for i, (plus, heap) in enumerate(heaps) if heap]
+    heapq.heapify(tops)
+    try:
+        while tops:
+            _, i = tops[0]
+            plus, heap = heaps[i]
+            entry = heapq.heappop(heap) if heap else None
+            if heap:
+                heapq.heapreplace(tops, (heap[0][0] + plus, i))
+            else:
+                heapq.heappop(tops)
+            if entry is None or not _valid(entry):
+                continue
+            taken.append((heap, entry))
+            if not wanted(entry[0], entry[2]):
+                return
+            yield entry[2]
+    finally:
+        for heap, entry in taken:
+            if _valid(entry):
+                heapq.heappush(heap, entry)
 
 
 class Shares:

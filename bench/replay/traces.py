@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gateway.idle import IdleKind
+
 BLOCK_TOKENS = 64
 MAX_GAP_S = 300.0
 MIN_TURNS = 10
@@ -23,7 +25,7 @@ class Turn:
     blocks: tuple[int, ...]
     output_tokens: int
     gap_s: float
-    idle_kind: str  # of the gap after it
+    idle_kind: IdleKind  # of the gap after it
 
 
 Session = list[Turn]

@@ -11,6 +11,7 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -171,7 +172,7 @@ class World:
 
     def run(self) -> Outcome:
         for i in range(len(self.sessions)):
-            self._at(i * STARTED_APART_S, lambda i=i: self._arrive(i, 0))
+            self._at(i * STARTED_APART_S, partial(self._arrive, i, 0))
         while self._left:
             self.now, _, event = heapq.heappop(self._events)
             event()
