@@ -1,0 +1,150 @@
+"""A forecast: the distribution of one gap, as seen at its start."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from gateway.predictor.grid import BINS, EDGES, EDGES_S, FLOOR_S, LAST_S, log_s
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gateway.predictor.model import Basis
+
+HORIZON_S: Final = 86_400.0
+"""`Forecast.expected_remaining` counts no more than this beyond the time already waited."""
+_TAIL: Final = 1e-3
+_TAIL_SCALE_S: Final = 600.0
+
+
+class Forecast:
+    """When, and whether, an idle session comes back. Immutable; all times in seconds since the gap
+    began, but for what is said to be *remaining*.
+
+    The curve is a histogram on `gateway.predictor.grid`, uniform in log time within a bin. Below
+    it lies a tail ``0.001 x 600 / (600 + t)``, so that a wait longer than anything ever seen still
+    has a future: the longer it has lasted, the longer it will.
+    """
+
+    __slots__ = ("_survival", "basis", "idle_kind", "masses", "offset_s", "p_return")
+
+    def __init__(
+        self,
+        masses: NDArray[np.float32],
+        p_return: float,
+        idle_kind: str,
+        offset_s: float = 0.0,
+        basis: Basis | None = None,
+    ) -> None:
+        self.masses = masses
+        """P(gap in bin | it returns), shape ``(BINS,)``, sums to 1."""
+        self.p_return = p_return
+        """P(the session ever returns), at the gap's start."""
+        self.idle_kind = idle_kind
+        self.offset_s = offset_s
+        """Client's own time on top of the tools', by which the curve is shifted."""
+        self.basis = basis
+        """What `Predictor.observe` needs to learn from the outcome."""
+        self._survival: list[float] | None = None
+
+    def _at_edges(self) -> list[float]:
+        """P(gap > edge) at each edge of the grid."""
+        found = self._survival
+        if found is None:
+            below = np.cumsum(self.masses)
+            found = self._survival = [1.0, *(1.0 - below / below[-1]).tolist()]
+        return found
+
+    def survival(self, t_s: float) -> float:
+        """P(gap > ``t_s`` | the session returns)."""
+        t_s -= self.offset_s
+        if t_s <= FLOOR_S:
+            return 1.0
+        tail = _TAIL * _TAIL_SCALE_S / (_TAIL_SCALE_S + t_s)
+        if t_s >= LAST_S:
+            return tail
+        log_t = log_s(t_s)
+        i = bisect_right(EDGES, log_t) - 1
+        at = self._at_edges()
+        within = (log_t - EDGES[i]) / (EDGES[i + 1] - EDGES[i])
+        return max(at[i] + (at[i + 1] - at[i]) * within, tail)
+
+    def quantile(self, p: float, elapsed_s: float = 0.0) -> float:
+        """Time that remains with probability ``p`` at most, once ``elapsed_s`` have been waited,
+        if the session returns. ``p`` in (0, 1)."""
+        target = (1.0 - p) * self.survival(elapsed_s)
+        return max(0.0, self._time_at(target) - elapsed_s)
+
+    def _time_at(self, target: float) -> float:
+        """The time at which the survival curve falls to ``target``."""
+        at = self._at_edges()
+        i = bisect_left(at, -target, key=lambda value: -value)
+        if i == 0:
+            found = FLOOR_S
+        elif i > BINS:
+            found = LAST_S
+        else:
+            high, low = at[i - 1], at[i]
+            within = (high - target) / (high - low) if high > low else 1.0
+            found = 10 ** (EDGES[i - 1] + (EDGES[i] - EDGES[i - 1]) * within)
+        tail = _TAIL * _TAIL_SCALE_S / target - _TAIL_SCALE_S if target > 0 else LAST_S
+        return max(found, min(tail, 1e9)) + self.offset_s
+
+    @property
+    def median_s(self) -> float:
+        """The gap's median, if the session returns."""
+        return self._time_at(0.5)
+
+    def expected_remaining(self, elapsed_s: float = 0.0) -> float:
+        """Expected time until the return, once ``elapsed_s`` have been waited, if the session
+        returns. Bounded: a return later than `HORIZON_S` from now counts as `HORIZON_S`; sessions
+        that never return are left to `p_return_given`."""
+        alive = self.survival(elapsed_s)
+        area = 0.0
+        t, s = elapsed_s, alive
+        end = elapsed_s + HORIZON_S
+        start = bisect_right(EDGES_S, elapsed_s - self.offset_s)
+        for edge in EDGES_S[start:]:
+            edge += self.offset_s
+            if edge >= end:
+                break
+            p = self.survival(edge)
+            area += (s + p) / 2 * (edge - t)
+            t, s = edge, p
+        step = t + 1.0
+        while t < end:  # beyond the grid the tail falls slowly: a few doubling steps
+            step = min(max(step * 1.5, t * 1.5), end)
+            p = self.survival(step)
+            area += (s + p) / 2 * (step - t)
+            t, s = step, p
+        return area / alive
+
+    def p_return_given(self, elapsed_s: float) -> float:
+        """P(the session ever returns), once ``elapsed_s`` have been waited in vain."""
+        out = self.p_return * self.survival(elapsed_s)
+        gone = 1.0 - self.p_return
+        return out / (out + gone) if gone > 0 else 1.0
+
+    def curve(self, max_points: int = 32) -> list[tuple[float, float]]:
+        """Points ``(t_s, P(gap > t_s | returns))`` for a hint, ``t_s`` rising, ``p`` falling, at
+        most ``max_points``: where the curve falls; straight lines between them."""
+        points: list[tuple[float, float]] = []
+        before = 1.0
+        for edge in EDGES_S[1:]:
+            t_s = edge + self.offset_s
+            p = self.survival(t_s)
+            if before - p > 0.002:
+                points.append((t_s, p))
+                before = p
+        if not points:
+            points.append((EDGES_S[1] + self.offset_s, before))
+        while len(points) > max_points:  # drop the point that bends the curve least
+            least = min(
+                range(len(points) - 1),
+                key=lambda i: (points[i - 1][1] if i else 1.0) - points[i + 1][1],
+            )
+            del points[least]
+        return points
