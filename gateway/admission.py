@@ -289,20 +289,28 @@ class Book:
 
     def additional_tokens(self, ask: Ask) -> int:
         """Tokens by which a place for this turn would raise the sum."""
-        tokens = ask.tokens - sum(n for link, n in _steps(ask.arrival) if link in self._links)
-        place = self.places.get(ask.arrival.sid)
-        return max(0, tokens) if place is None else max(0, tokens - place.own_tokens)
+        arrival = ask.arrival
+        tokens = arrival.prompt_tokens + ask.output_tokens
+        if arrival.heads and self._links:
+            tokens -= sum(n for link, n in _steps(arrival) if link in self._links)
+        place = self.places.get(arrival.sid)
+        if place is not None:
+            tokens -= place.own_tokens
+        return max(0, tokens)
 
-    def room_tokens(self, ask: Ask) -> float:
-        """What the turn may add now. An agent's first place on an empty pod always fits, so that a
-        turn larger than the budget runs alone; asides have a share of their own and may use what
-        agents leave."""
+    def fits(self, ask: Ask) -> bool:
+        """Whether the turn may have a place now. An agent's first place on an empty pod always
+        fits, so that a turn larger than the budget runs alone; asides have a share of their own
+        and may use what agents leave."""
+        additional_tokens = self.additional_tokens(ask)
         if ask.lane == "agent":
-            return self.budget_tokens - self.tokens if self.places else inf
-        if not self.aside_tokens:
-            return inf
-        share_tokens = ASIDE_SHARE * self.capacity_tokens - self.aside_tokens
-        return max(share_tokens, self.budget_tokens - self.tokens - self.aside_tokens)
+            return not self.places or additional_tokens <= self.budget_tokens - self.tokens
+        aside_tokens = self._tokens["aside"] + additional_tokens
+        return (
+            not self._tokens["aside"]
+            or aside_tokens <= ASIDE_SHARE * self.capacity_tokens
+            or aside_tokens <= self.budget_tokens - self.tokens
+        )
 
     def wait_s(self, now: float) -> float:
         """Expected seconds between two releases."""
@@ -396,12 +404,12 @@ class Admission:
         return book.wait_s(now) * (1 + ahead)
 
     def _fits(self, book: Book, ask: Ask) -> bool:
-        place = book.places.get(ask.arrival.sid)
-        if place is not None and ask.lane == "agent":
-            return True  # it has its place; growth is not held
-        if book.claim is not None and ask.lane == "agent":
-            return False
-        return book.additional_tokens(ask) <= book.room_tokens(ask)
+        if ask.lane == "agent":
+            if ask.arrival.sid in book.places:
+                return True  # it has its place; growth is not held
+            if book.claim is not None:
+                return False
+        return book.fits(ask)
 
     def _hold(self, ticket: Ticket, book: Book, pods: Sequence[Pod], now: float) -> None:
         if self.held_count >= self.max_held and self.mode == "enforce":
@@ -424,11 +432,12 @@ class Admission:
         if ticket.home is not None:
             ticket.home.homed += 1
         self._enqueue(ticket, book)
-        self._arriving = ticket
-        try:
-            self._fill(book, now)
-        finally:
-            self._arriving = None
+        if ask.lane == "agent" and book.claim is None:
+            dispensable = self._dispensable(book, now)
+            if dispensable and self._make_room(book, ask, dispensable, False, now):
+                self._arriving = ticket
+                self._release(ticket, book, now)
+                self._arriving = None
 
     def _live_home(self, ask: Ask) -> Book | None:
         """Where the session's KV is believed to be."""
@@ -457,6 +466,7 @@ class Admission:
             home.pod.name if home is not None else None,
             home_s,
             None if ticket.only is not None else standing(away_tokens, book),
+            ask.tokens - ticket.shared_tokens,
         )
 
     def _unhold(self, ticket: Ticket, now: float) -> None:
@@ -655,6 +665,8 @@ class Admission:
         most_tokens = book.budget_tokens - book.tokens + spare
         if most_tokens <= 0 and book.places:
             return
+        if agents.least_tokens > most_tokens and book.places:
+            return
         looked_at = 0
         for ticket in agents.next(book.pod.name, self._shares.debts(), now):
             if looked_at >= LOOK_AHEAD:
@@ -718,11 +730,11 @@ class Admission:
         now: float,
     ) -> bool:
         """Make the turn fit by giving up idle places; none is given up in vain."""
-        if self._fits_unclaimed(book, ask):
+        if book.fits(ask):
             return True
         if ask.lane == "aside":
             return False
-        needed = book.additional_tokens(ask) - book.room_tokens(ask)
+        needed = book.additional_tokens(ask) - (book.budget_tokens - book.tokens)
         victims = []
         for rate, place in dispensable:
             if needed <= 0:
@@ -735,10 +747,7 @@ class Admission:
             return False
         for place in victims:
             self._drop(place, now)
-        return self._fits_unclaimed(book, ask)
-
-    def _fits_unclaimed(self, book: Book, ask: Ask) -> bool:
-        return book.additional_tokens(ask) <= book.room_tokens(ask)
+        return book.fits(ask)
 
     def _release(self, ticket: Ticket, book: Book, now: float) -> None:
         arrival = ticket.ask.arrival

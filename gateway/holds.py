@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 Priority = Literal["interactive", "batch"]
@@ -86,6 +87,7 @@ class HoldQueue(Generic[H]):
         self._home: dict[str, dict[ShareClass, list[Entry]]] = {}
         self._away: dict[ShareClass, list[Entry]] = {}
         self._due: list[Entry] = []
+        self._sizes: list[Entry] = []
         self._entries = 0
 
     def __len__(self) -> int:
@@ -99,7 +101,13 @@ class HoldQueue(Generic[H]):
         return hold.number in self._held
 
     def add(
-        self, hold: H, share: ShareClass, home: str | None, home_s: float, away_s: float | None
+        self,
+        hold: H,
+        share: ShareClass,
+        home: str | None,
+        home_s: float,
+        away_s: float | None,
+        tokens: int,
     ) -> None:
         """Take a turn in, or anew.
 
@@ -109,11 +117,14 @@ class HoldQueue(Generic[H]):
             home: the pod where it stands apart; None if nowhere.
             home_s: its `standing_s` there.
             away_s: on all other pods; None if it may go to its home only.
+            tokens: the fewest that it needs.
         """
         self._held[hold.number] = hold
         due = (hold.due_at, hold.number, hold)
+        size = (float(tokens), hold.number, hold)
         heapq.heappush(self._due, due)
-        entries = [due]
+        heapq.heappush(self._sizes, size)
+        entries = [due, size]
         if home is not None:
             entries.append((home_s, hold.number, hold))
             heap = self._home.setdefault(home, {}).setdefault(share, [])
@@ -123,7 +134,7 @@ class HoldQueue(Generic[H]):
             heapq.heappush(self._away.setdefault(share, []), entries[-1])
         hold.entries = tuple(entries)
         self._entries += len(entries)
-        if self._entries > 6 * len(self._held) + 64:
+        if self._entries > 8 * len(self._held) + 64:
             self._compact()
 
     def remove(self, hold: H) -> None:
@@ -133,6 +144,7 @@ class HoldQueue(Generic[H]):
             self._home.clear()
             self._away.clear()
             self._due.clear()
+            self._sizes.clear()
             self._entries = 0
 
     def drop_home(self, home: str) -> None:
@@ -142,7 +154,7 @@ class HoldQueue(Generic[H]):
     def _compact(self) -> None:
         heaps = [heap for by_class in self._home.values() for heap in by_class.values()]
         self._entries = 0
-        for heap in [*heaps, *self._away.values(), self._due]:
+        for heap in [*heaps, *self._away.values(), self._due, self._sizes]:
             heap[:] = [entry for entry in heap if _valid(entry)]
             heapq.heapify(heap)
             self._entries += len(heap)
@@ -152,9 +164,18 @@ class HoldQueue(Generic[H]):
         for home in [home for home, by_class in self._home.items() if not by_class]:
             del self._home[home]
 
+    @property
+    def least_tokens(self) -> float:
+        """The fewest tokens that any of the turns needs."""
+        while self._sizes and not _valid(self._sizes[0]):
+            heapq.heappop(self._sizes)
+            self._entries -= 1
+        return self._sizes[0][0] if self._sizes else inf
+
     def due(self, now: float) -> Iterator[H]:
         """Turns that are due, the longest due first. They may be removed meanwhile."""
-        yield from _pick([(0.0, self._due)], lambda key, _: key <= now)
+        if self._due and self._due[0][0] <= now:
+            yield from _pick([(0.0, self._due)], lambda key, _: key <= now)
 
     def next(self, pod: str, debts: Mapping[ShareClass, float], now: float) -> Iterator[H]:
         """Turns that are not due, in the pod's order. They may be removed meanwhile."""

@@ -105,7 +105,7 @@ def test_the_queue_keeps_the_order_of_the_rule(
         turn.number = number
         home_s = standing_s(turn.additional_s["home"], turn.arrived_at, False)
         away_s = standing_s(turn.additional_s["away"], turn.arrived_at, False)
-        queue.add(turn, turn.share, home, home_s, away_s)
+        queue.add(turn, turn.share, home, home_s, away_s, 1)
         additional_s = turn.additional_s["home" if home == POD else "away"]
         debt_s = owed.get(turn.share, 0.0)
         keys[number] = precedence(additional_s, debt_s, turn.arrived_at, False, turn.due_at, now)
@@ -123,7 +123,7 @@ def test_turns_taken_while_looking_are_gone() -> None:
     queue: HoldQueue[Turn] = HoldQueue()
     made = [Turn(i, {}, 0.0, ("a", "interactive"), 1e9) for i in range(4)]
     for turn in made:
-        queue.add(turn, turn.share, POD, turn.number, turn.number)
+        queue.add(turn, turn.share, POD, turn.number, turn.number, 1)
     for turn in queue.next(POD, {}, 0.0):
         queue.remove(turn)
         if turn.number == 1:
@@ -131,13 +131,22 @@ def test_turns_taken_while_looking_are_gone() -> None:
     assert list(queue.next(POD, {}, 0.0)) == made[2:]
 
 
+def test_the_least_need_is_known() -> None:
+    queue: HoldQueue[Turn] = HoldQueue()
+    made = [Turn(i, {}, 0.0, ("a", "interactive"), 1e9) for i in range(3)]
+    for turn in made:
+        queue.add(turn, turn.share, None, 0.0, 0.0, 10 + turn.number)
+    queue.remove(made[0])
+    assert queue.least_tokens == 11
+
+
 def test_void_entries_do_not_pile_up() -> None:
     queue: HoldQueue[Turn] = HoldQueue()
     kept = Turn(0, {}, 0.0, ("a", "interactive"), 1e9)
-    queue.add(kept, kept.share, POD, 0.0, 0.0)
+    queue.add(kept, kept.share, POD, 0.0, 0.0, 1)
     for number in range(1, 5_000):
         turn = Turn(number, {}, 0.0, ("a", "interactive"), 1e9)
-        queue.add(turn, turn.share, POD, 1.0, 1.0)
+        queue.add(turn, turn.share, POD, 1.0, 1.0, 1)
         queue.remove(turn)
     assert queue._entries < 100
     assert list(queue.next(POD, {}, 0.0)) == [kept]
