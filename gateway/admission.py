@@ -287,6 +287,11 @@ class Book:
         self._tokens[place.ask.lane] += own_tokens - place.own_tokens
         place.own_tokens = own_tokens
 
+    def freed_tokens(self, place: Place) -> int:
+        """Tokens by which the sum falls without this place alone."""
+        unshared = sum(tokens for link, tokens in place.links if self._links[link][0] == 1)
+        return place.own_tokens + unshared
+
     def additional_tokens(self, ask: Ask) -> int:
         """Tokens by which a place for this turn would raise the sum."""
         arrival = ask.arrival
@@ -661,7 +666,7 @@ class Admission:
                 return
         if book.claim is not None:
             return
-        spare = sum(place.own_tokens for rate, place in dispensable if rate < inf)
+        spare = sum(book.freed_tokens(place) for rate, place in dispensable if rate < inf)
         most_tokens = book.budget_tokens - book.tokens + spare
         if most_tokens <= 0 and book.places:
             return
@@ -742,7 +747,7 @@ class Admission:
             if place.sid not in book.places or (rate == inf and not due):
                 continue
             victims.append(place)
-            needed -= place.own_tokens
+            needed -= book.freed_tokens(place)
         if needed > 0 and len(victims) < len(book.places):
             return False
         for place in victims:

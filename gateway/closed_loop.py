@@ -52,6 +52,8 @@ class ClosedLoop:
         self.forecaster: Forecaster = NoForecasts()
         self.waits = Waits()
         self.sent_away = SentAway()
+        self.waiting: set[Ticket] = set()
+        """Held turns whose clients wait."""
         self._no_pod = NoPodWatch()
         self._hinting = settings.hints.enabled
         token = settings.hints.token
@@ -101,14 +103,14 @@ class ClosedLoop:
         """The turn failed after all: the client may come again at once."""
         self.waits.end(session.sid)
 
-    def held(self, ticket: Ticket) -> None:
+    def tell_held(self, ticket: Ticket) -> None:
         """A turn must wait: its session's KV is needed soon, for certain."""
         pod = self.fleet.pods.get(ticket.ask.arrival.home or "")
         if pod is not None and self._hinting:
             self.hints.send(pod, hints.held(ticket.ask.arrival.sid, ticket.expected_wait_s))
 
     def strike(self, ask: Ask, now: float) -> None:
-        """Take out what a fault may have left of a turn that was being admitted."""
+        """Take a turn out of the queue, and its session's place back."""
         for ticket in [ticket for ticket in self.admission.held if ticket.ask is ask]:
             self.admission.end(ticket, now)
         self.admission.forget(ask.arrival.sid, now)
@@ -130,6 +132,8 @@ class ClosedLoop:
         self.conductor.forget(session.sid, time.monotonic())
 
     def pod_changed(self, pod: Pod, event: Event) -> None:
+        if self.admission.mode == "off":
+            return
         now = time.monotonic()
         match event:
             case "lost" | "draining":
@@ -144,11 +148,19 @@ class ClosedLoop:
 
     def tick(self, now: float) -> None:
         """To be called about twice a second."""
-        self.admission.tick(now)
+        try:
+            self.admission.tick(now)
+        except Exception:
+            for ticket in self.waiting:
+                _release(ticket)  # as plain relays
+            raise
+        for ticket in self.waiting:
+            if not ticket.held:
+                _release(ticket)  # a fault took it out of the queue unnoticed
         for ticket in self._no_pod.look(
-            self.admission.held, lambda model: bool(self.fleet.able(model)), now
+            self.waiting, lambda model: bool(self.fleet.able(model)), now
         ):
-            refuse(ticket, no_pod_ready(ticket.ask.model))
+            _refuse(ticket, no_pod_ready(ticket.ask.model))
         self.waits.outlived(now, lambda wait: self._tell_again(wait, now))
 
     def _tell_again(self, wait: Wait, now: float) -> None:
@@ -158,8 +170,8 @@ class ClosedLoop:
 
     def shut_down(self) -> None:
         """Held turns are told to come again; clients that stream are told in their stream."""
-        for ticket in list(self.admission.held):
-            refuse(ticket, shutting_down())
+        for ticket in self.waiting:
+            _refuse(ticket, shutting_down())
 
 
 def _release(ticket: Ticket) -> None:
@@ -167,7 +179,7 @@ def _release(ticket: Ticket) -> None:
         ticket.context.release()
 
 
-def refuse(ticket: Ticket, error: GatewayError) -> None:
+def _refuse(ticket: Ticket, error: GatewayError) -> None:
     """End a held turn's wait with an error; its task closes the ticket."""
     if isinstance(ticket.context, HeldTurn):
         ticket.context.refuse(error)

@@ -277,8 +277,7 @@ class TurnFlow:
             raise queue_full(gateway.turns_asked % 32 / 32) from None
         except Exception:
             self._degraded("admission")
-        with contextlib.suppress(Exception):
-            gateway.loop.strike(ask, now)
+        self._strike(ask, now)
         policy = gateway.settings.routing.policy
         try:
             decision = choose(pods, ask.arrival, policy, gateway.turns_asked)
@@ -296,9 +295,10 @@ class TurnFlow:
         if self.responding:
             held.began = True
         with self._survived("hint"):
-            loop.held(ticket)
+            loop.tell_held(ticket)
         began_at = time.monotonic()
         end: HoldEnd = "failed"
+        loop.waiting.add(ticket)
         try:
             await held.wait(
                 patience(self.gateway.settings.admission, self.headers, self.request.stream)
@@ -311,6 +311,7 @@ class TurnFlow:
             end = "shutdown" if self.gateway.draining else "client_gone"
             raise
         finally:
+            loop.waiting.discard(ticket)
             if held.began:
                 self.responding = self.event_stream = True
                 self.status = 200
@@ -331,7 +332,7 @@ class TurnFlow:
             return
         loop = self.gateway.loop
         now = time.monotonic()
-        with self._survived("admission"):
+        try:
             if run is None:
                 loop.admission.end(ticket, now)
                 return
@@ -340,6 +341,14 @@ class TurnFlow:
                 self.gateway.metrics.lost_tokens[cause,].inc(tokens)
             if loop.admission.mode == "observe" and ticket.held_s > 0:
                 self._hold_ended("observed", ticket.held_s)
+        except Exception:
+            self._degraded("admission")
+            self._strike(ticket.ask, now)
+
+    def _strike(self, ask: Ask, now: float) -> None:
+        """Take out what a fault may have left of the turn in admission's books."""
+        with contextlib.suppress(Exception):
+            self.gateway.loop.strike(ask, now)
 
     def _pod_headers(self, pod: Pod, request: TurnRequest) -> list[tuple[str, str]]:
         gateway = self.gateway

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -146,25 +147,21 @@ def without_hints(body: bytes) -> bytes:
     As in `splice_model`, each place that spells the field is tried and the result read back. Raises
     `MalformedRequestError` after `MAX_SPLICE_TRIES` wrong places.
     """
-    tries = 0
     while len(value := bytes(_essentials(body).kv_hints)):
-        field = b'"' + _HINTS_KEY + rb'"\s*:\s*' + re.escape(value)
-        for found in re.finditer(rb"\s*,\s*" + field + rb"|" + field + rb"\s*,?", body):
-            if (tries := tries + 1) > MAX_SPLICE_TRIES:
-                break
-            spliced = body[: found.start()] + body[found.end() :]
-            try:
-                if bytes(_essentials(spliced).kv_hints) != value:
-                    body = spliced
-                    break
-            except MalformedRequestError:
-                continue
-        else:
-            break
-        if tries > MAX_SPLICE_TRIES:
-            break
-    else:
-        return body
+        body = _without_field(body, value)
+    return body
+
+
+def _without_field(body: bytes, value: bytes) -> bytes:
+    field = b'"' + _HINTS_KEY + rb'"\s*:\s*' + re.escape(value)
+    places = re.finditer(rb"\s*,\s*" + field + rb"|" + field + rb"\s*,?", body)
+    for place in islice(places, MAX_SPLICE_TRIES):
+        spliced = body[: place.start()] + body[place.end() :]
+        try:
+            if bytes(_essentials(spliced).kv_hints) != value:
+                return spliced
+        except MalformedRequestError:
+            continue
     raise MalformedRequestError(
         "kv_hints: could not be taken out of the body; only trusted tenants may send hints"
     )
