@@ -7,7 +7,10 @@ faults.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
+from math import inf
+from typing import Final
 
 from gateway import hints
 from gateway.admission import Admission, Ask, GapForecast, Ticket
@@ -31,6 +34,8 @@ from gateway.idle import IdleKind
 from gateway.metrics import Metrics
 from gateway.sessions import Session, SessionStore, Turn
 
+AUDIT_S: Final = 5.0
+
 
 class ClosedLoop:
     """Admission, forecasts and hints of one gateway, and what moves them."""
@@ -52,9 +57,12 @@ class ClosedLoop:
         self.forecaster: Forecaster = NoForecasts()
         self.waits = Waits()
         self.sent_away = SentAway()
+        self.open: set[Ticket] = set()
+        """Tickets of turns that are not over."""
         self.waiting: set[Ticket] = set()
         """Held turns whose clients wait."""
         self._no_pod = NoPodWatch()
+        self._audited_at = -inf
         self._hinting = settings.hints.enabled
         token = settings.hints.token
         self.hints = hints.HintSender(
@@ -161,7 +169,22 @@ class ClosedLoop:
             self.waiting, lambda model: bool(self.fleet.able(model)), now
         ):
             _refuse(ticket, no_pod_ready(ticket.ask.model))
+        if now - self._audited_at >= AUDIT_S:
+            self._audited_at = now
+            self.audit(now)
         self.waits.outlived(now, lambda wait: self._tell_again(wait, now))
+
+    def audit(self, now: float) -> None:
+        """Undo what a fault has left in admission's books: turns held and places in use that are no
+        open turn's."""
+        for ticket in [ticket for ticket in self.admission.held if ticket not in self.open]:
+            self.metrics.degraded.labels("audit").inc()
+            self.admission.end(ticket, now)
+        running = Counter(ticket.place for ticket in self.open)
+        for book in list(self.admission.books.values()):
+            for place in [p for p in book.places.values() if p.running > running[p]]:
+                self.metrics.degraded.labels("audit").inc()
+                self.admission.forget(place.sid, now)
 
     def _tell_again(self, wait: Wait, now: float) -> None:
         pod = self.fleet.pods.get(wait.pod)

@@ -241,6 +241,7 @@ class TurnFlow:
         it back. Raises `GatewayError` if it is held too long."""
         gateway = self.gateway
         ticket = self.ticket = self._arrive(self._ask(request), pods)
+        gateway.loop.open.add(ticket)
         if ticket.held and gateway.loop.admission.mode == "enforce":
             await self._hold(ticket)
         self.decision = ticket.decision
@@ -331,6 +332,7 @@ class TurnFlow:
         if ticket is None:
             return
         loop = self.gateway.loop
+        loop.open.discard(ticket)
         now = time.monotonic()
         try:
             if run is None:
@@ -344,6 +346,8 @@ class TurnFlow:
         except Exception:
             self._degraded("admission")
             self._strike(ticket.ask, now)
+            if run is not None:
+                run.serving.__exit__(None, None, None)  # does nothing the second time
 
     def _strike(self, ask: Ask, now: float) -> None:
         """Take out what a fault may have left of the turn in admission's books."""
