@@ -666,7 +666,11 @@ class Admission:
                 return
         if book.claim is not None:
             return
-        spare = sum(book.freed_tokens(place) for rate, place in dispensable if rate < inf)
+        spare = sum(
+            book.freed_tokens(place)
+            for rate, place in dispensable
+            if rate < inf and book.places.get(place.sid) is place
+        )
         most_tokens = book.budget_tokens - book.tokens + spare
         if most_tokens <= 0 and book.places:
             return
@@ -744,7 +748,7 @@ class Admission:
         for rate, place in dispensable:
             if needed <= 0:
                 break
-            if place.sid not in book.places or (rate == inf and not due):
+            if book.places.get(place.sid) is not place or (rate == inf and not due):
                 continue
             victims.append(place)
             needed -= book.freed_tokens(place)
