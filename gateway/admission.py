@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from math import inf
+from statistics import fmean
 from typing import Final, Literal, Protocol
 
 from engine_patch.forecast import Forecast as ReuseForecast
@@ -59,18 +60,19 @@ from gateway.routing import Arrival, Decision, Policy, Reason, choose
 Mode = Literal["enforce", "observe", "off"]
 Lane = Literal["agent", "aside"]
 
-RESERVE: Final = 0.75
-RESERVE_RANGE: Final = (0.5, 0.95)
+RESERVE: Final = 0.65
+RESERVE_RANGE: Final = (0.5, 0.8)
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
-STINT_S: Final = 120.0
+STINT_S: Final = 300.0
 """So long a session may keep its place, from turn to turn, while a due turn waits for one."""
 HORIZON_RANGE_S: Final = (5.0, 600.0)
-PACE_S: Final = 5.0
-"""Seconds between two releases assumed before the first."""
-MAX_PACE_S: Final = 120.0
+MEAN_STINT_S: Final = 300.0
+"""How long a session keeps its place, assumed before any was seen."""
 REGRET_KEEP: Final = 0.98
 """Of the regret's memory, kept over a turn: about the last 50 turns count."""
+STINT_SHARE: Final = 0.1
+"""Of the mean stint, what the latest makes up."""
 LOOK_AHEAD: Final = 16
 """Held turns that are tried for the room that there is, before the rest must wait for more."""
 STALE_TOKENS: Final = 2_048
@@ -228,8 +230,8 @@ class Book:
     reserve: float = RESERVE
     places: dict[str, Place] = field(default_factory=dict)
     claim: Ticket | None = None
-    pace_s: float = PACE_S
-    released_at: float = -inf
+    stint_s: float = MEAN_STINT_S
+    """How long sessions kept their places of late, while others waited."""
     homed: int = 0
     """Held turns whose live KV is here."""
     regret: float = 0.0
@@ -317,9 +319,10 @@ class Book:
             or aside_tokens <= self.budget_tokens - self.tokens
         )
 
-    def wait_s(self, now: float) -> float:
-        """Expected seconds between two releases."""
-        return min(max(self.pace_s, now - self.released_at), MAX_PACE_S)
+    def wait_s(self, ahead: float) -> float:
+        """How long a turn waits for a place behind ``ahead`` others, first come first served: the
+        pod's places turn over once in a stint."""
+        return self.stint_s * (1 + ahead) / max(1, len(self.places))
 
 
 class Admission:
@@ -406,7 +409,7 @@ class Admission:
             return 0.0
         live = book.pod.residency.tokens(ask.arrival.sid) if ask.arrival.home else 0
         ahead = book.homed + (0 if live else len(self._queues[ask.lane]) / len(self.books))
-        return book.wait_s(now) * (1 + ahead)
+        return book.wait_s(ahead)
 
     def _fits(self, book: Book, ask: Ask) -> bool:
         if ask.lane == "agent":
@@ -420,8 +423,8 @@ class Admission:
         if self.held_count >= self.max_held and self.mode == "enforce":
             raise QueueFull
         ask = ticket.ask
-        per_s = sum(1 / self.books[pod.name].pace_s for pod in pods)
-        ticket.expected_wait_s = (1 + len(self._queues[ask.lane])) / per_s
+        ahead = len(self._queues[ask.lane]) / len(pods)
+        ticket.expected_wait_s = fmean(self.books[pod.name].wait_s(ahead) for pod in pods)
         ticket.due_at = ticket.arrived_at + ticket.expected_wait_s + self.age_bound_s
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
@@ -429,9 +432,6 @@ class Admission:
         ticket.shared_tokens = max(
             (pod.residency.shared_tokens(ask.arrival.heads) for pod in pods), default=0
         )
-        if not self.held_count:
-            for other in self.books.values():
-                other.released_at = max(other.released_at, now - other.pace_s)
         self._shares.waits(ask.share)
         ticket.home = self._live_home(ask)
         if ticket.home is not None:
@@ -631,6 +631,8 @@ class Admission:
     def _drop(self, place: Place, now: float) -> None:
         book, _ = self._places.pop(place.sid)
         self._charge(book, place, now)
+        if self.held_count and place.ask.lane == "agent":
+            book.stint_s += STINT_SHARE * (now - place.since - book.stint_s)
         book.take(place)
 
     def _charge(self, book: Book, place: Place, now: float) -> None:
@@ -713,7 +715,7 @@ class Admission:
         missing_tokens = self._missing_tokens(ticket, pod)
         if there_tokens >= missing_tokens:
             return True
-        there_s = there_tokens / home.pod.rate.tokens_per_s + home.wait_s(now) * home.homed
+        there_s = there_tokens / home.pod.rate.tokens_per_s + home.wait_s(home.homed - 1)
         return missing_tokens / pod.rate.tokens_per_s < there_s
 
     def _dispensable(self, book: Book, now: float) -> list[tuple[float, Place]]:
@@ -763,10 +765,6 @@ class Admission:
         decision = choose([book.pod], arrival)
         reason: Reason = "home" if book.pod.name == arrival.home else "admitted"
         self._unhold(ticket, now)
-        if book.released_at > -inf:
-            gap_s = min(now - book.released_at, MAX_PACE_S)
-            book.pace_s = 0.8 * book.pace_s + 0.2 * gap_s
-        book.released_at = now
         self._admit(ticket, book, now)
         if self.mode == "enforce":
             ticket.decision = replace(decision, policy=self.policy, reason=reason)

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.admission import (
     ASIDE_SHARE,
+    RESERVE,
     STINT_S,
     Admission,
     Ask,
@@ -94,7 +95,7 @@ class Gateway:
         return self.admission.arrive(wanted, self.pods, now)
 
     def fill(self, now: float = 0.0, tokens: int = 30_000) -> list[Ticket]:
-        """Two sessions: with 30,000 tokens each, no third fits a budget of 75,000."""
+        """Two sessions: with 30,000 tokens each, no third fits the budget."""
         tickets = [self.arrive(ask(f"full-{i}", tokens), now) for i in range(2)]
         assert not any(ticket.held for ticket in tickets)
         return tickets
@@ -106,7 +107,8 @@ class Gateway:
 def test_sessions_are_admitted_while_their_working_set_fits() -> None:
     gateway = Gateway()
     gateway.fill()
-    assert gateway.arrive(ask("c", 14_000), 0).held is False
+    rest = int(RESERVE * CAPACITY) - 60_000
+    assert gateway.arrive(ask("c", rest - 1_000), 0).held is False
     assert gateway.arrive(ask("d", 2_000), 0).held is True
 
 
@@ -124,10 +126,10 @@ def test_a_pod_of_unknown_capacity_admits_all() -> None:
 def test_a_shared_prefix_counts_once() -> None:
     gateway = Gateway()
     heads = [(2, 20_000), (1, 5_000)]
-    for i in range(5):
+    for i in range(4):
         assert not gateway.arrive(ask(f"s{i}", 30_000, heads=heads), 0).held
     book = gateway.admission.books["a"]
-    assert book.tokens == 20_000 + 5 * 10_000
+    assert book.tokens == 20_000 + 4 * 10_000
     assert gateway.arrive(ask("alone", 30_000), 0).held
 
 
@@ -221,9 +223,9 @@ def test_resident_sessions_are_released_before_cold_ones() -> None:
 def test_a_due_turn_goes_first_and_nothing_passes_it() -> None:
     gateway = Gateway()
     first, second = gateway.fill()
-    large = gateway.arrive(ask("large", 70_000), 0)
+    large = gateway.arrive(ask("large", 64_000), 0)
     gateway.admission.tick(large.due_at)
-    small = gateway.arrive(ask("small", 5_000), large.due_at)
+    small = gateway.arrive(ask("small", 3_000), large.due_at)
     assert small.held  # there is room for it, but the large one comes first
     gateway.admission.end(first, large.due_at + 1, ended(kind="ended"))
     assert gateway.released == []
@@ -234,9 +236,9 @@ def test_a_due_turn_goes_first_and_nothing_passes_it() -> None:
 def test_a_due_turn_that_leaves_lets_the_others_pass() -> None:
     gateway = Gateway()
     gateway.fill()
-    large = gateway.arrive(ask("large", 70_000), 0)
+    large = gateway.arrive(ask("large", 64_000), 0)
     gateway.admission.tick(large.due_at)
-    small = gateway.arrive(ask("small", 5_000), large.due_at)
+    small = gateway.arrive(ask("small", 3_000), large.due_at)
     gateway.admission.end(large, large.due_at + 1)
     assert gateway.released == [small]
 
@@ -322,11 +324,12 @@ def test_live_kv_moves_only_when_computing_elsewhere_ends_sooner() -> None:
     home = tickets[0].decision.pod
     home.residency.touch("live", 30_000, [])
     other = next(t for t in tickets if t.decision.pod is not home)
-    gateway.admission.books[home.name].pace_s = 0.5
+    gateway.admission.books[home.name].stint_s = 2.0
     live = gateway.arrive(ask("live", same_tokens=30_000, home=home.name), 0)
     gateway.admission.end(other, 0.5, ended(kind="ended"))
     assert live.held  # 3 s of prefill there, a place at home in half a second
-    gateway.admission.tick(30.0)
+    gateway.admission.books[home.name].stint_s = 60.0
+    gateway.admission.tick(1.0)
     assert not live.held
     assert live.decision.pod is other.decision.pod
 
@@ -565,7 +568,7 @@ TestEvents = Events.TestCase
 TestEvents.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
-def test_admission_and_routing_take_less_than_the_bar_of_200_us() -> None:
+def test_deciding_stays_cheap() -> None:
     """500 sessions on 16 pods, three quarters of them held."""
     pods = [pod(f"pod-{i}") for i in range(16)]
     for made in pods:
@@ -599,5 +602,5 @@ def test_admission_and_routing_take_less_than_the_bar_of_200_us() -> None:
             admission.tick(now)
         running += released
         released.clear()
-    print((time.process_time() - started) / turns)
-    assert (time.process_time() - started) / turns < 2e-3
+    # Measured about 0.2 ms; machines are shared, so the test allows for five times that.
+    assert (time.process_time() - started) / turns < 1e-3
