@@ -99,6 +99,7 @@ class Api:
         now = time.monotonic()
         detail = self._session(session, now)
         detail["gaps"] = [self._gap(gap) for gap in session.gaps]
+        detail["forecast"] = self._forecast(session, now, curve=True)
         detail["route"] = session.decision.explain() if session.decision is not None else None
         detail["resident_tokens"] = {
             pod.name: tokens
@@ -173,6 +174,25 @@ class Api:
             "tools": list(gap.tools),
         }
 
+    @staticmethod
+    def _forecast(session: Session, now: float, curve: bool = False) -> dict[str, Any] | None:
+        """When an idle session is expected back, as of now."""
+        forecast, since = session.forecast, session.idle_since
+        if forecast is None or since is None or session.in_flight:
+            return None
+        elapsed_s = max(0.0, now - since)
+        shown: dict[str, Any] = {
+            "p_return": round(forecast.p_return_given(elapsed_s), 4),
+            "expected_remaining_s": round(forecast.expected_remaining(elapsed_s), 3),
+            "remaining_s": {
+                f"p{round(100 * p)}": round(forecast.quantile(p, elapsed_s), 3)
+                for p in (0.1, 0.5, 0.9)
+            },
+        }
+        if curve:
+            shown["survival"] = [[round(t, 4), round(p, 5)] for t, p in forecast.curve()]
+        return shown
+
     def _session(self, session: Session, now: float) -> dict[str, Any]:
         usage = session.usage
         idle = session.idle_since is not None and not session.in_flight
@@ -195,6 +215,7 @@ class Api:
             else None,
             "waiting_for": list(session.waiting_for) if idle else [],
             "in_background": len(session.background),
+            "forecast": self._forecast(session, now),
             "turns": session.turns,
             "tool_calls": session.tool_calls,
             "created_at": self._time(session.created_at),

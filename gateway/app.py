@@ -69,6 +69,7 @@ def create_app(settings: Settings) -> App:
             await stack.enter_async_context(gateway.relay)
             await stack.enter_async_context(gateway.loop.hints)
             await stack.enter_async_context(gateway.fleet.watched())
+            await stack.enter_async_context(gateway.foresight.kept())
             await stack.enter_async_context(running(keep_house(gateway), "housekeeping"))
             await stack.enter_async_context(running(keep_time(gateway), "admission"))
             yield
@@ -217,6 +218,7 @@ class Plain:
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         gateway = self.gateway
+        gateway.metrics.forecast_nodes.set(len(gateway.foresight.predictor.table))
         gateway.metrics.refresh(
             gateway.fleet, gateway.sessions, gateway.loop.admission, dropped_total()
         )

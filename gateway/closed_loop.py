@@ -6,6 +6,7 @@ faults.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,19 +21,15 @@ from gateway.dialects.turn import ToolCall
 from gateway.errors import GatewayError, no_pod_ready, shutting_down
 from gateway.fleet.fleet import Event, Fleet
 from gateway.fleet.pod import Pod
-from gateway.forecasting import (
-    Fixed,
-    Forecaster,
-    NoForecasts,
-    Wait,
-    Waits,
-    begun,
-    quantile_of,
-)
+from gateway.foresight import Foresight
 from gateway.hold import HeldTurn, NoPodWatch, SentAway
+from gateway.identity import Headers
 from gateway.idle import IdleKind
 from gateway.metrics import Metrics
 from gateway.sessions import Session, SessionStore, Turn
+from gateway.waits import Fixed, Wait, Waits, begun
+
+logger = logging.getLogger("gateway.closed_loop")
 
 AUDIT_S: Final = 5.0
 
@@ -41,7 +38,12 @@ class ClosedLoop:
     """Admission, forecasts and hints of one gateway, and what moves them."""
 
     def __init__(
-        self, settings: Settings, fleet: Fleet, sessions: SessionStore, metrics: Metrics
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        sessions: SessionStore,
+        metrics: Metrics,
+        foresight: Foresight,
     ) -> None:
         options = settings.admission
         self.fleet = fleet
@@ -54,7 +56,7 @@ class ClosedLoop:
             options.age_bound_s,
         )
         self.conductor = Conductor(self.admission)
-        self.forecaster: Forecaster = NoForecasts()
+        self.foresight = foresight
         self.waits = Waits()
         self.sent_away = SentAway()
         self.open: set[Ticket] = set()
@@ -76,14 +78,11 @@ class ClosedLoop:
 
     # -- a turn ----------------------------------------------------------------------------------
 
-    def gap_ended(self, turn: Turn) -> None:
+    def gap_ended(self, turn: Turn, headers: Headers) -> None:
         """The session is back: learn how its forecast came out."""
-        wait = self.waits.end(turn.session.sid)
-        if wait is None or turn.gap is None:
-            return
-        quantile = quantile_of(wait.forecast, turn.gap.seconds)
-        self.metrics.forecast_quantile[wait.idle_kind,].observe(quantile)
-        self.forecaster.observe(turn.session, wait.forecast.source, turn.gap)
+        self.waits.end(turn.session.sid)
+        gap_s = turn.gap.seconds if turn.gap is not None else None
+        self.foresight.came_back(turn.session, gap_s, headers)
 
     def gap_begins(
         self,
@@ -93,14 +92,13 @@ class ClosedLoop:
         pod: Pod,
         now: float,
     ) -> GapForecast | None:
-        """The answer has said what it says: forecast the gap that follows and tell the pod."""
+        """The answer has said what it asks for: forecast the gap that follows and tell the pod.
+        None for a session that will not come back, and for one of which another turn runs."""
         if session.in_flight > 1:
             return None
+        forecast = self.foresight.fell_idle(session, calls, idle_kind)
         if idle_kind == "ended":
             self._tell(pod, session.sid, idle_kind, None)
-            return None
-        forecast = self.forecaster.forecast(session, calls, idle_kind)
-        if forecast is None:
             return None
         fixed = Fixed.of(forecast)
         self.waits.begin(begun(session.sid, pod.name, idle_kind, fixed, now))
@@ -110,6 +108,7 @@ class ClosedLoop:
     def gap_is_off(self, session: Session) -> None:
         """The turn failed after all: the client may come again at once."""
         self.waits.end(session.sid)
+        session.forecast = None
 
     def tell_held(self, ticket: Ticket) -> None:
         """A turn must wait: its session's KV is needed soon, for certain."""
@@ -132,12 +131,19 @@ class ClosedLoop:
     # -- sessions, pods, time --------------------------------------------------------------------
 
     def session_forgotten(self, session: Session) -> None:
-        self.waits.end(session.sid)
-        for pod in self.fleet:
-            pod.residency.drop(session.sid)
-            if pod.name == session.pod and session.idle_kind != "ended":
-                self._tell(pod, session.sid, "ended", None)
-        self.conductor.forget(session.sid, time.monotonic())
+        """The store has let go of it, in whatever turn's way: must not raise."""
+        now = time.monotonic()
+        try:
+            self.waits.end(session.sid)
+            for pod in self.fleet:
+                pod.residency.drop(session.sid)
+                if pod.name == session.pod and session.idle_kind != "ended":
+                    self._tell(pod, session.sid, "ended", None)
+            self.conductor.forget(session.sid, now)
+            self.foresight.given_up(session, now)
+        except Exception:
+            self.metrics.degraded.labels("forget").inc()
+            logger.exception("forgetting a session failed")
 
     def pod_changed(self, pod: Pod, event: Event) -> None:
         if self.admission.mode == "off":

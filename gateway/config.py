@@ -205,6 +205,28 @@ class SessionSettings(_Model):
     """A session not seen for this long is forgotten."""
 
 
+class ForecastSettings(_Model):
+    state_file: Path | None = Field(default=None, json_schema_extra=_allowed("a path, or off"))
+    """Where what was learned of gaps is kept. Unset, `cachewise serve` takes
+    `$XDG_STATE_HOME/cachewise/forecast.npz` (`~/.local/state` without the variable); `off` keeps
+    nothing."""
+    save_interval_s: Seconds = 300.0
+    """Time between two saves; one more is made at shutdown."""
+    max_nodes: Annotated[int, Field(ge=1_000, le=10_000_000)] = 100_000
+    """Places in the hierarchy remembered, of about 400 bytes each; the least recently used is
+    forgotten first."""
+
+    @property
+    def off(self) -> bool:
+        return self.state_file == Path("off")
+
+
+def default_state_file(env: Mapping[str, str]) -> Path:
+    """Where `cachewise serve` keeps the forecast's state if nothing else is set."""
+    home = env.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(home) / "cachewise" / "forecast.npz"
+
+
 class ProbeSettings(_Model):
     interval_s: Seconds = 2.0
     """Time between two probes of a pod."""
@@ -377,6 +399,7 @@ class Settings(BaseSettings):
     hints: HintSettings = HintSettings()
     relay: RelaySettings = RelaySettings()
     sessions: SessionSettings = SessionSettings()
+    forecast: ForecastSettings = ForecastSettings()
     probe: ProbeSettings = ProbeSettings()
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()

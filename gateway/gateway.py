@@ -11,6 +11,7 @@ from gateway.closed_loop import ClosedLoop
 from gateway.config import Settings
 from gateway.errors import GatewayError, no_pod_ready
 from gateway.fleet.fleet import Fleet
+from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
@@ -31,7 +32,8 @@ class Gateway:
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
-        self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics)
+        self.foresight = Foresight(settings.forecast, self.metrics)
+        self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
         self.trusted = frozenset(settings.hints.trusted_tenants)
         self.aliases = dict(settings.models.aliases)
         self.draining = False

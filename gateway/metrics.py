@@ -165,6 +165,33 @@ class Metrics:
                 registry=registry,
             )
         )
+        self.forecasts = Family(
+            Counter(
+                "cachewise_forecast_gaps",
+                "Gaps that ended and had been forecast.",
+                ("tool_kind",),
+                registry=registry,
+            )
+        )
+        self.forecasts_below = Family(
+            Counter(
+                "cachewise_forecast_gaps_below",
+                "Of these, gaps no longer than the quantile forecast for them.",
+                ("tool_kind", "quantile"),
+                registry=registry,
+            )
+        )
+        self.forecast_nodes = Gauge(
+            "cachewise_forecast_nodes",
+            "Places in the forecast's hierarchy of tools, programs, tenants and sessions.",
+            registry=registry,
+        )
+        self.forecast_saves = Counter(
+            "cachewise_forecast_saves",
+            "Saves of what the forecast has learned, by how they ended.",
+            ("result",),
+            registry=registry,
+        )
         self.prefix_breaks = Counter(
             "cachewise_prefix_breaks",
             "Turns whose prompt did not extend the one before, by cause.",
@@ -212,20 +239,11 @@ class Metrics:
             "`observe`: tokens lost to eviction that `enforce` would have kept, an estimate.",
             registry=registry,
         )
-        self.forecast_quantile = Family(
-            Histogram(
-                "cachewise_forecast_quantile",
-                "Where in its forecast a gap came to lie; uniform if forecasts are right.",
-                ("idle_kind",),
-                buckets=tuple(i / 10 for i in range(1, 11)),
-                registry=registry,
-            )
-        )
         self.hints = Family(
             Counter(
                 "cachewise_hints",
                 "Actions of hints by what became of them.",
-                ("result",),
+                ("hint_result",),
                 registry=registry,
             )
         )
@@ -406,15 +424,20 @@ LABELS = {
     "reason": "`only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
     " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
-    " `hint`, `settle`, `tick`, `audit` (what a fault had left in the books was found and undone)",
+    " `hint`, `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"
     " `shutdown`, `failed`; `observed`: would have been held",
     "lane": "`agent`, `aside`",
-    "result": "the pod's answer: `applied`, `clipped`, `rejected`, `unsupported`; or `failed` (not"
-    " delivered), `dropped` (the queue was full)",
+    "hint_result": "the pod's answer: `applied`, `clipped`, `rejected`, `unsupported`; or `failed`"
+    " (not delivered), `dropped` (the queue was full)",
     "status": "an HTTP status code",
+    "tool_kind": "what was waited for: `shell`, `poll`, `read`, `edit`, `search`, `plan`,"
+    " `subagent`, `message`, `web`, `human`, `background`, `mcp`, `other`, `ended`",
+    "quantile": "`0.025`, `0.1`, `0.25`, `0.5`, `0.75`, `0.9`, `0.975`; calibrated, the share of"
+    " gaps below is just this number",
+    "result": "`ok`, `failed`",
     "state": "`running`, `idle`, `ended`",
 }
 

@@ -38,6 +38,7 @@ from gateway.idle import (
     waited_for,
     went_to_background,
 )
+from gateway.predictor import Forecast
 from gateway.prefix import (
     HEAD_SEGMENTS,
     Prefix,
@@ -110,6 +111,8 @@ class Session:
     final: bool = False
     decision: Decision | None = None
     """How the latest turn was routed."""
+    forecast: Forecast | None = None
+    """Of the gap it is in; None while a turn is in flight or where none could be made."""
     answer_tokens: float = 500.0
     """Length of its answers: a mean that forgets."""
 

@@ -178,7 +178,7 @@ class TurnFlow:
             metrics.prefix_breaks.labels(turn.change.cause).inc()
             metrics.prefix_lost_tokens.labels(turn.change.cause).inc(turn.lost_tokens)
         with self._survived("forecast"):
-            gateway.loop.gap_ended(turn)
+            gateway.loop.gap_ended(turn, self.headers)
         return turn
 
     # -- to the pod and back ---------------------------------------------------------------------

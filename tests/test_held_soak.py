@@ -12,10 +12,10 @@ import pytest
 from gateway.admission import Admission
 from gateway.conductor import Conductor
 from gateway.embedded.fleet import EmbeddedFleet
+from gateway.foresight import Foresight
 from gateway.hints import HintSender
 from tests.crowded import AGENT_WIRES, ENGINE, agent_body, held, nothing_left, of
 from tests.served import PATHS, Reply, Running, gateway_over, until
-from tests.test_hints import Forecasts
 from tests.test_soak import judge
 
 SESSIONS = 60
@@ -24,7 +24,7 @@ FAULTS = {
     Admission: ("arrive", "_hold", "_fill", "_admit", "_make_room", "end", "tick"),
     Conductor: ("arrive", "end"),
     HintSender: ("send",),
-    Forecasts: ("forecast", "observe"),
+    Foresight: ("fell_idle", "came_back", "given_up"),
 }
 
 
@@ -77,7 +77,6 @@ async def test_a_crowd_leaves_nothing_behind(faulty: bool, monkeypatch: pytest.M
         ) as gateway,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
     ):
-        gateway.gateway.loop.forecaster = Forecasts()
         most_held = 0
 
         async def die_in_the_middle() -> None:

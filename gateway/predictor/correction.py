@@ -18,6 +18,10 @@ from gateway.predictor.grid import BINS
 LEVELS: Final = 8
 """Questions a tree may ask: a byte's bits."""
 
+MAX_SCORE: Final = 80.0
+"""Bound of all scores' sum, so that no exponential overflows."""
+_ONES: Final = np.ones(BINS, np.float32)
+
 
 class Correction:
     """Trees over a vector of features.
@@ -39,6 +43,8 @@ class Correction:
         trees, depth = columns.shape
         if depth > LEVELS or leaves.shape != (trees, 1 << depth, BINS) or bias.shape != (BINS,):
             raise ValueError("trees do not fit the grid")
+        if not np.abs(leaves.astype(np.float32)).max(axis=(1, 2)).sum() < MAX_SCORE:
+            raise ValueError("the trees' scores are too large")
         self.columns, self.borders, self.leaves, self.bias = columns, borders, leaves, bias
         padded = np.zeros((trees, LEVELS), np.intp)
         padded[:, :depth] = columns
@@ -46,7 +52,6 @@ class Correction:
         limits[:, :depth] = borders
         self._columns = np.ascontiguousarray(padded).ravel()
         self._limits = np.ascontiguousarray(limits).ravel()
-        self._shape = trees, LEVELS
         self._offsets = np.arange(trees, dtype=np.intp) << depth
         self._scores = np.ascontiguousarray(leaves.reshape(-1, BINS).astype(np.float32))
         self._ones = np.ones(trees, np.float32)
@@ -58,10 +63,10 @@ class Correction:
 
     def masses(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """P(gap in bin), shape ``(BINS,)``."""
-        above = (x.take(self._columns) > self._limits).reshape(self._shape)
-        leaf = np.packbits(above, axis=1, bitorder="little")[:, 0] + self._offsets
-        scores: NDArray[np.float32] = self._ones @ self._scores.take(leaf, axis=0) + self.bias
-        scores -= scores.max()
+        above = x.take(self._columns) > self._limits
+        leaf = np.packbits(above, bitorder="little") + self._offsets
+        scores: NDArray[np.float32] = self._ones @ self._scores.take(leaf, axis=0)
+        scores += self.bias
         np.exp(scores, out=scores)
-        scores /= scores.sum()
+        scores /= scores @ _ONES
         return scores

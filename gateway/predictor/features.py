@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import log10
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from gateway.dialects.turn import ToolCall
 from gateway.predictor.kinds import KINDS, kind_of
-from gateway.predictor.shell import UNKNOWN, parse_shell, safe_word
+from gateway.predictor.shell import LOOK_CHARS, UNKNOWN, parse_shell, safe_word
 
 PARSED_CHARS: Final = 16_384
 """Longer arguments are looked into by pattern, not parsed."""
+SALVAGED_CHARS: Final = 3_000
 DIGEST_CHARS: Final = 2_000
 MAX_DECLARED_S: Final = 86_400.0
 
 KIND_INDEX: Final = {kind: float(i) for i, kind in enumerate(KINDS)}
 
 
-@dataclass(slots=True, frozen=True)
-class CallFeatures:
-    """One tool call. Words are safe to keep (`gateway.predictor.shell.safe_word`); ``digest``
-    tells equal calls within this process and is never kept beyond it."""
+class CallWords(NamedTuple):
+    """What names a tool call's nodes. The words are safe to keep
+    (`gateway.predictor.shell.safe_word`); ``digest`` tells equal calls within this process and is
+    never kept beyond it."""
 
     kind: str
     tool: str
     program: str
     sub: str
     digest: int
-    numbers: tuple[float, ...]
-    """See `NUMBERS`."""
 
 
 NUMBERS: Final = (
@@ -47,8 +45,8 @@ NUMBERS: Final = (
     "commands",
     "pipes",
     "shape",
-    "second_weight",
-    "option",
+    "text",
+    "scope",
 )
 """Names of a call's numbers, in order."""
 
@@ -89,8 +87,9 @@ def _tool_word(name: str) -> str:
     return "__".join(word for word in words if word)[:48] or UNKNOWN
 
 
-def features_of(call: ToolCall) -> CallFeatures:
-    """A call's features. Never raises; bounded in time whatever the arguments hold."""
+def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
+    """A call's words and its numbers (`NUMBERS`). Never raises; bounded in time whatever the
+    arguments hold."""
     name = call.name[:128]
     kind = kind_of(name)
     arguments = call.arguments
@@ -103,7 +102,7 @@ def features_of(call: ToolCall) -> CallFeatures:
     program = sub = ""
     timeout_s = yield_s = sleep_s = 0.0
     commands = pipes = 0
-    shape = second = 0.0
+    shape = second = scope = 0.0
     background = False
     if fields:
         for key in fields.keys() & _TIMEOUT_KEYS.keys():
@@ -120,6 +119,7 @@ def features_of(call: ToolCall) -> CallFeatures:
         commands, pipes = run.commands, run.pipes
         shape = run.loops + 2.0 * run.here_doc + 4.0 * run.detached
         second = log10(1 + len(text))
+        scope = _scope(text[:LOOK_CHARS])
     elif kind == "subagent":
         program = _word_in(fields, ("subagent_type", "agent_type", "agent_name", "agent"))
         second = float(len(str(fields.get("prompt", ""))) > 1000)
@@ -130,13 +130,10 @@ def features_of(call: ToolCall) -> CallFeatures:
         shape = 0.0 if block is None else 1.0 + (block is True)
         typed = fields.get("chars")
         second = float(bool(typed))
-    return CallFeatures(
-        kind,
-        _tool_word(name),
-        program,
-        sub,
-        hash((name, arguments[:DIGEST_CHARS], call.arguments_chars)),
-        (
+    digest = hash((name, arguments[:DIGEST_CHARS], call.arguments_chars))
+    return (
+        CallWords(kind, _tool_word(name), program, sub, digest),
+        [
             KIND_INDEX[kind],
             log10(1 + call.arguments_chars),
             log10(1 + timeout_s),
@@ -147,8 +144,25 @@ def features_of(call: ToolCall) -> CallFeatures:
             float(pipes),
             shape,
             second,
-            0.0,
-        ),
+            scope,
+        ],
+    )
+
+
+_ALL: Final = re.compile(r"\.\.\.(?:\s|$)|\s--?all\b|\s-r\b|\s--recursive\b|\*\*")
+_SOME: Final = re.compile(
+    r"\s(?:-run|-k|-t|--grep|--filter|--testNamePattern)\b|::|[._]test\.|[._]spec\.|/test_"
+)
+_MUCH: Final = re.compile(r"integration|e2e|-race|--watch|benchmark|-bench|-count=|--release")
+
+
+def _scope(text: str) -> float:
+    """How much a command is asked to do: on everything (1), on a chosen part (2), the long way
+    (4)."""
+    return (
+        float(_ALL.search(text) is not None)
+        + 2.0 * (_SOME.search(text) is not None)
+        + 4.0 * (_MUCH.search(text) is not None)
     )
 
 
@@ -162,7 +176,7 @@ def _fields(arguments: str) -> dict[str, Any]:
             pass
         else:
             return value if isinstance(value, dict) else {}
-    head = arguments[:PARSED_CHARS]
+    head = arguments[:SALVAGED_CHARS]
     fields: dict[str, Any] = {
         found[1]: _ESCAPE.sub(lambda e: _ESCAPES.get(e[0], " "), found[2])
         for found in _SALVAGED.finditer(head)

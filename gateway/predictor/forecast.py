@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from gateway.predictor.grid import BINS, EDGES, EDGES_S, FLOOR_S, LAST_S, log_s
+from gateway.predictor.warp import Curve, calibrated, stated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,6 +20,8 @@ HORIZON_S: Final = 86_400.0
 _TAIL: Final = 1e-3
 _TAIL_SCALE_S: Final = 600.0
 
+_CENTRES: Final = ((np.array(EDGES[:-1]) + np.array(EDGES[1:])) / 2).astype(np.float32)
+
 
 class Forecast:
     """When, and whether, an idle session comes back. Immutable; all times in seconds since the gap
@@ -29,7 +32,7 @@ class Forecast:
     has a future: the longer it has lasted, the longer it will.
     """
 
-    __slots__ = ("_survival", "basis", "idle_kind", "masses", "offset_s", "p_return")
+    __slots__ = ("_survival", "basis", "idle_kind", "masses", "offset_s", "p_return", "warp")
 
     def __init__(
         self,
@@ -38,9 +41,10 @@ class Forecast:
         idle_kind: str,
         offset_s: float = 0.0,
         basis: Basis | None = None,
+        warp: Curve | None = None,
     ) -> None:
         self.masses = masses
-        """P(gap in bin | it returns), shape ``(BINS,)``, sums to 1."""
+        """P(gap in bin | it returns) before calibration, shape ``(BINS,)``, sums to 1."""
         self.p_return = p_return
         """P(the session ever returns), at the gap's start."""
         self.idle_kind = idle_kind
@@ -48,6 +52,8 @@ class Forecast:
         """Client's own time on top of the tools', by which the curve is shifted."""
         self.basis = basis
         """What `Predictor.observe` needs to learn from the outcome."""
+        self.warp = warp
+        """Calibration of ``masses`` (`gateway.predictor.warp`)."""
         self._survival: list[float] | None = None
 
     def _at_edges(self) -> list[float]:
@@ -58,19 +64,29 @@ class Forecast:
             found = self._survival = [1.0, *(1.0 - below / below[-1]).tolist()]
         return found
 
-    def survival(self, t_s: float) -> float:
-        """P(gap > ``t_s`` | the session returns)."""
+    def stated(self, t_s: float) -> float:
+        """P(gap <= ``t_s`` | the session returns) before calibration and without the tail."""
         t_s -= self.offset_s
         if t_s <= FLOOR_S:
-            return 1.0
-        tail = _TAIL * _TAIL_SCALE_S / (_TAIL_SCALE_S + t_s)
+            return 0.0
         if t_s >= LAST_S:
-            return tail
+            return 1.0
         log_t = log_s(t_s)
         i = bisect_right(EDGES, log_t) - 1
-        at = self._at_edges()
         within = (log_t - EDGES[i]) / (EDGES[i + 1] - EDGES[i])
-        return max(at[i] + (at[i + 1] - at[i]) * within, tail)
+        at = self._survival
+        if at is None:  # asked once, the sum is cheaper than the whole curve
+            return min(1.0, float(self.masses[:i].sum()) + float(self.masses[i]) * within)
+        return 1.0 - at[i] - (at[i + 1] - at[i]) * within
+
+    def survival(self, t_s: float) -> float:
+        """P(gap > ``t_s`` | the session returns)."""
+        self._at_edges()
+        reached = self.stated(t_s)
+        if self.warp is not None:
+            reached = calibrated(self.warp, reached)
+        after_s = max(0.0, t_s - self.offset_s)
+        return max(1.0 - reached, _TAIL * _TAIL_SCALE_S / (_TAIL_SCALE_S + after_s))
 
     def quantile(self, p: float, elapsed_s: float = 0.0) -> float:
         """Time that remains with probability ``p`` at most, once ``elapsed_s`` have been waited,
@@ -80,15 +96,18 @@ class Forecast:
 
     def _time_at(self, target: float) -> float:
         """The time at which the survival curve falls to ``target``."""
+        wanted = target
+        if self.warp is not None:
+            wanted = 1.0 - stated(self.warp, 1.0 - target)
         at = self._at_edges()
-        i = bisect_left(at, -target, key=lambda value: -value)
+        i = bisect_left(at, -wanted, key=lambda value: -value)
         if i == 0:
             found = FLOOR_S
         elif i > BINS:
             found = LAST_S
         else:
             high, low = at[i - 1], at[i]
-            within = (high - target) / (high - low) if high > low else 1.0
+            within = (high - wanted) / (high - low) if high > low else 1.0
             found = 10 ** (EDGES[i - 1] + (EDGES[i] - EDGES[i - 1]) * within)
         tail = _TAIL * _TAIL_SCALE_S / target - _TAIL_SCALE_S if target > 0 else LAST_S
         return max(found, min(tail, 1e9)) + self.offset_s
@@ -97,6 +116,11 @@ class Forecast:
     def median_s(self) -> float:
         """The gap's median, if the session returns."""
         return self._time_at(0.5)
+
+    def expected_log_s(self, floor_s: float = FLOOR_S) -> float:
+        """Expected log10 of the gap in seconds, shorter gaps counted as ``floor_s``, if the session
+        returns: the score that best tells which of two sessions is back later."""
+        return float(self.masses @ np.maximum(_CENTRES, log_s(floor_s - self.offset_s)))
 
     def expected_remaining(self, elapsed_s: float = 0.0) -> float:
         """Expected time until the return, once ``elapsed_s`` have been waited, if the session

@@ -12,9 +12,30 @@ or replaced by ``*``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
+
+from gateway.predictor.shell_words import (
+    HAS_SUBCOMMAND,
+    HEAVY,
+    HEAVY_PROGRAMS,
+    INTERPRETERS,
+    KEYWORDS,
+    KNOWN,
+    KNOWN_WITH_DIGITS,
+    LOOPS,
+    NOUNS,
+    OPEN,
+    OPTION_VALUES,
+    RUN_SCRIPTS,
+    RUNNERS,
+    SCRIPTS,
+    SHELLS,
+    SUBCOMMANDS,
+    TRIVIAL,
+    WRAPPER_VALUES,
+    WRAPPERS,
+)
 
 LOOK_CHARS: Final = 600
 """Characters of a command that are looked at."""
@@ -30,393 +51,18 @@ _TOKEN: Final = re.compile(
     r"|\#[^\n]*+",
     re.DOTALL,
 )
-_HERE: Final = re.compile(r"<<-?\s*['\"]?(\w+)")
+_HERE: Final = re.compile(r"<<-?\s*(['\"]?)(\w+)\1")
+_KEY: Final = re.compile(r"(?:sk|pk|rk|glpat|xox[a-z]|hvs|shpat|dop|whsec)[-.:]").match
+"""How keys of well-known services begin, beside those that digits or case give away."""
 _WORD: Final = re.compile(r"[a-z][a-z0-9._+:-]{0,23}\Z")
 _DIGIT: Final = re.compile(r"\d").search
 _JOINT: Final = re.compile(r"[-_.:]").search
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\+?=")
-_KNOWN_WITH_DIGITS: Final = frozenset(
-    [
-        "python2",
-        "python3",
-        "pip3",
-        "base64",
-        "md5sum",
-        "sha1sum",
-        "sha256sum",
-        "sqlite3",
-        "k9s",
-        "k3s",
-        "k3d",
-        "s3",
-        "s3api",
-        "ec2",
-        "gpg2",
-        "7z",
-        "bzip2",
-        "x264",
-        "node18",
-        "node20",
-        "node22",
-        "e2e",
-        "test:e2e",
-        "go1",
-        "g++",
-        "i18n",
-        "git2",
-        "aws2",
-        "route53",
-        "iconv2",
-        "openssl3",
-        "test:e2e:ci",
-        "build:e2e",
-        "e2e:ci",
-        "markdownlint-cli2",
-        "nvidia-smi2",
-        "l10n",
-        "m4",
-        "v8",
-        "f2py",
-        "h5dump",
-        "wasm32",
-        "rsync3",
-        "lua5.1",
-        "py3",
-        "ipython3",
-        "nosetests3",
-        "pytest3",
-        "jq2",
-        "s3cmd",
-        "s5cmd",
-        "ps2pdf",
-        "pdf2svg",
-        "c++",
-        "mp3",
-        "k6",
-    ]
-)
 _DURATION: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([smhd]?)\Z")
 _SECONDS: Final = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
-_TRIVIAL: Final = frozenset(
-    [
-        "cd",
-        "echo",
-        "export",
-        "set",
-        "unset",
-        "source",
-        ".",
-        "pwd",
-        "true",
-        "false",
-        ":",
-        "test",
-        "[",
-        "[[",
-        "printf",
-        "head",
-        "tail",
-        "cat",
-        "wc",
-        "sort",
-        "uniq",
-        "cut",
-        "tr",
-        "tee",
-        "exit",
-        "return",
-        "read",
-        "local",
-        "declare",
-        "shift",
-        "pushd",
-        "popd",
-        "alias",
-        "eval",
-        "trap",
-        "umask",
-        "ulimit",
-        "jq",
-        "then",
-        "else",
-        "do",
-        "done",
-        "fi",
-        "esac",
-        "if",
-        "for",
-        "while",
-        "until",
-        "case",
-        "in",
-        "select",
-        "function",
-        "{",
-        "}",
-        "!",
-        "grep",
-        "sed",
-        "awk",
-        "ls",
-        "mkdir",
-        "touch",
-        "rm",
-        "cp",
-        "mv",
-        "basename",
-        "dirname",
-        "date",
-        "whoami",
-        "which",
-        "type",
-        "command",
-        "dig",
-        "chmod",
-        "column",
-    ]
-)
-"""Commands that take no time to speak of beside others in the same line."""
-_KEYWORDS: Final = frozenset(
-    ["then", "else", "elif", "do", "if", "while", "until", "!", "{", "}", "time"]
-)
-_LOOPS: Final = frozenset(("for", "while", "until"))
-_WRAPPERS: Final = {
-    # a wrapper: how many words of its own follow its options
-    "sudo": 0, "doas": 0, "env": 0, "nohup": 0, "nice": 0, "ionice": 0, "time": 0, "command": 0,
-    "exec": 0, "builtin": 0, "stdbuf": 0, "setsid": 0, "caffeinate": 0, "xargs": 0, "watch": 0,
-    "unbuffer": 0, "chronic": 0, "timeout": 1, "gtimeout": 1, "flock": 1, "rtk": 0, "winpty": 0,
-}  # fmt: skip
-_WRAPPER_VALUES: Final = frozenset(
-    [
-        "-u",
-        "-n",
-        "-k",
-        "-s",
-        "-c",
-        "-C",
-        "-i",
-        "-o",
-        "-e",
-        "-I",
-        "-P",
-        "-L",
-        "-d",
-        "-g",
-        "--signal",
-        "--kill-after",
-        "--adjustment",
-        "--user",
-    ]
-)
-"""Options of wrappers whose value is the next word."""
-_RUNNERS: Final = {
-    # a runner: its subcommands that run what follows ("" = it does so at once)
-    "uv": ("run",), "poetry": ("run",), "pdm": ("run",), "hatch": ("run",), "pipenv": ("run",),
-    "rye": ("run",), "conda": ("run",), "mise": ("exec", "x"), "devbox": ("run",),
-    "npx": ("",), "bunx": ("",), "uvx": ("",), "pipx": ("run",), "dotenv": ("",), "op": ("run",),
-    "bundle": ("exec",), "pnpm": ("exec", "dlx"), "yarn": ("exec", "dlx"), "npm": ("exec",),
-    "bun": ("x",), "docker": (), "direnv": ("exec",),
-}  # fmt: skip
-_SHELLS: Final = frozenset(["bash", "sh", "zsh", "dash", "fish", "ksh"])
-_INTERPRETERS: Final = frozenset(
-    [
-        "python",
-        "python3",
-        "node",
-        "ruby",
-        "perl",
-        "php",
-        "deno",
-        "bun",
-        "tsx",
-        "ts-node",
-        "java",
-        "osascript",
-    ]
-)
-_HAS_SUBCOMMAND: Final = frozenset(
-    [
-        "git",
-        "gh",
-        "glab",
-        "go",
-        "cargo",
-        "npm",
-        "pnpm",
-        "yarn",
-        "bun",
-        "deno",
-        "uv",
-        "pip",
-        "pip3",
-        "poetry",
-        "pdm",
-        "hatch",
-        "docker",
-        "podman",
-        "docker-compose",
-        "kubectl",
-        "helm",
-        "terraform",
-        "tofu",
-        "aws",
-        "gcloud",
-        "az",
-        "make",
-        "just",
-        "task",
-        "mise",
-        "rake",
-        "bundle",
-        "dotnet",
-        "gradle",
-        "gradlew",
-        "./gradlew",
-        "mvn",
-        "mvnw",
-        "brew",
-        "apt",
-        "apt-get",
-        "dnf",
-        "systemctl",
-        "nx",
-        "turbo",
-        "lerna",
-        "vercel",
-        "wrangler",
-        "flyctl",
-        "fly",
-        "heroku",
-        "supabase",
-        "firebase",
-        "prisma",
-        "alembic",
-        "django-admin",
-        "flutter",
-        "dart",
-        "swift",
-        "xcodebuild",
-        "mix",
-        "rustup",
-        "golangci-lint",
-        "ruff",
-        "pre-commit",
-        "conda",
-        "bazel",
-        "buck2",
-        "cmake",
-        "ninja",
-        "svn",
-        "hg",
-        "jj",
-        "bd",
-        "entire",
-        "agentv",
-        "workmux",
-        "codex",
-        "claude",
-        "gemini",
-        "opencode",
-        "tmux",
-        "vault",
-        "nomad",
-        "consul",
-        "composer",
-        "artisan",
-        "sbt",
-        "lein",
-        "stack",
-        "cabal",
-        "opam",
-        "nix",
-        "pytest-xdist",
-        "bd",
-        "linear",
-    ]
-)
-"""Programs whose first plain word is a command of its own."""
-_HEAVY: Final = frozenset(
-    [
-        "test",
-        "tests",
-        "check",
-        "build",
-        "install",
-        "ci",
-        "lint",
-        "clippy",
-        "fmt",
-        "push",
-        "pull",
-        "clone",
-        "fetch",
-        "publish",
-        "deploy",
-        "e2e",
-        "typecheck",
-        "bench",
-        "run",
-        "up",
-        "verify",
-        "validate",
-        "compile",
-        "watch",
-        "view",
-        "create",
-        "wait",
-        "apply",
-        "plan",
-    ]
-)
-"""Subcommands that outlast what stands beside them."""
-_HEAVY_PROGRAMS: Final = frozenset(
-    [
-        "pytest",
-        "vitest",
-        "jest",
-        "mocha",
-        "playwright",
-        "cypress",
-        "tsc",
-        "eslint",
-        "mypy",
-        "golangci-lint",
-        "webpack",
-        "vite",
-        "rollup",
-        "gradle",
-        "gradlew",
-        "mvn",
-        "make",
-        "cmake",
-        "ninja",
-        "xcodebuild",
-        "cargo",
-        "docker",
-        "tox",
-        "nox",
-        "sleep",
-        "wait",
-        "curl",
-        "wget",
-        "ssh",
-        "rsync",
-        "scp",
-        "terraform",
-        "helm",
-        "kubectl",
-        "ansible-playbook",
-        "ffmpeg",
-        "claude",
-        "codex",
-    ]
-)
-_SCRIPTED: Final = frozenset(("npm", "pnpm", "yarn", "bun"))
 
-
-@dataclass(slots=True, frozen=True)
-class ShellCommand:
+class ShellCommand(NamedTuple):
     """What a command line runs. ``program`` and ``sub`` are of the command that its time most
     likely depends on; ``sub`` is empty where there is none."""
 
@@ -446,8 +92,9 @@ def safe_word(word: str) -> str:
     word = word.lower()
     if (
         not _WORD.match(word)
-        or (word.isdigit() or (_DIGIT(word) is not None and word not in _KNOWN_WITH_DIGITS))
+        or (word.isdigit() or (_DIGIT(word) is not None and word not in KNOWN_WITH_DIGITS))
         or (len(word) > 16 and not _JOINT(word))
+        or _KEY(word) is not None
     ):
         return UNKNOWN
     return word
@@ -497,7 +144,7 @@ def _parse(text: str, depth: int) -> ShellCommand:
     for words in simple:
         if not words:
             continue
-        if words[0] in _LOOPS:
+        if words[0] in LOOPS:
             loops = True
         found = _command(words, depth)
         if found is None:
@@ -544,9 +191,9 @@ def _without_here_docs(text: str) -> tuple[bool, str]:
             break
         found = True
         body = text.find("\n", mark.end())
-        close = text.find("\n" + mark[1], body) if body >= 0 else -1
+        close = text.find("\n" + mark[2], body) if body >= 0 else -1
         if close >= 0:
-            after = close + 1 + len(mark[1])
+            after = close + 1 + len(mark[2])
             text = f"{text[: mark.start()]} {text[mark.end() : body]}{text[after:]}"
         else:
             text = text[: mark.start()] + (text[mark.end() : body] if body >= 0 else "")
@@ -562,24 +209,26 @@ def _command(
     n = len(words)
     limit = 0.0
     via = ""
+    doubtful = False  # the next word may be the value of an option that is not known
     while i < n:
         word = words[i]
-        if word in _KEYWORDS or _ASSIGNMENT.match(word):
+        if word in KEYWORDS or _ASSIGNMENT.match(word):
             i += 1
             continue
         name = _base(word)
-        own = _WRAPPERS.get(name)
+        own = WRAPPERS.get(name)
         if own is not None:
             i += 1
             while i < n and words[i][:1] == "-":
-                i += 2 if words[i] in _WRAPPER_VALUES else 1
+                doubtful = doubtful or len(words[i]) > 2
+                i += 2 if words[i] in WRAPPER_VALUES else 1
             if own and i < n:
                 limit = max(limit, _duration(words[i]))
                 i += own
             if i >= n:
                 return name, "", 0, 0.0, limit, None
             continue
-        runs = _RUNNERS.get(name)
+        runs = RUNNERS.get(name)
         if runs:
             if "" in runs:
                 i += 1
@@ -588,7 +237,9 @@ def _command(
                 if j >= n or words[j] not in runs:
                     break
                 i = j + 1
-            i = _skip_options(words, i)
+            after = _skip_options(words, i)
+            doubtful = doubtful or after > i
+            i = after
             via = name
             if i >= n:
                 return name, "run", 2, 0.0, limit, None
@@ -599,7 +250,7 @@ def _command(
     word = words[i]
     name = _base(word)
     rest = words[i + 1 :]
-    if name in _SHELLS and depth < 2:
+    if name in SHELLS and depth < 2:
         for j, option in enumerate(rest):
             if option[:1] == "-" and "c" in option and j + 1 < len(rest):
                 inner = _parse(_unquoted(rest[j + 1]), depth + 1)
@@ -612,22 +263,23 @@ def _command(
     if name == "sleep":
         slept = sum(_duration(each) for each in rest[:4])
         return name, "", 1, slept, limit, None
-    program = safe_word(name)
-    if "/" in word and program == UNKNOWN:
-        program = "script"
+    program = name if name in KNOWN else safe_word(name)
+    if program not in KNOWN:
+        if "/" in word or "\\" in word or program.endswith(SCRIPTS):
+            program = "script"
+        elif doubtful:
+            program = UNKNOWN
     sub = ""
-    if name in _INTERPRETERS and name != "bun":
+    if name in INTERPRETERS and name != "bun":
         sub = _interpreted(rest)
         if sub and sub[0] == ":":
             program, sub = sub[1:], ""
-    elif program in _HAS_SUBCOMMAND:
+    elif program in HAS_SUBCOMMAND:
         sub = _subcommand(program, rest)
-    elif program.endswith((".sh", ".py", ".js", ".ts")):
-        program, sub = "script", program[-2:]
-    weight = 0 if name in _TRIVIAL else 1
-    if weight and (program in _HEAVY_PROGRAMS or via):
+    weight = 0 if name in TRIVIAL else 1
+    if weight and (program in HEAVY_PROGRAMS or via):
         weight = 2
-    if sub in _HEAVY or sub.partition(":")[0] in _HEAVY or sub.startswith("test"):
+    if sub in HEAVY or sub.partition(":")[0] in HEAVY or sub.startswith("test"):
         weight = 3
     return program, sub, weight, 0.0, limit, None
 
@@ -657,64 +309,42 @@ def _unquoted(word: str) -> str:
 
 def _skip_options(words: list[str], i: int) -> int:
     while i < len(words) and words[i][:1] == "-":
-        if words[i] in _OPTION_VALUES and i + 1 < len(words):
+        if words[i] in OPTION_VALUES and i + 1 < len(words):
             i += 1
         i += 1
     return i
 
 
-_OPTION_VALUES: Final = frozenset(
-    [
-        "-C",
-        "-c",
-        "-f",
-        "-n",
-        "-p",
-        "--prefix",
-        "--project",
-        "--filter",
-        "--with",
-        "--directory",
-        "--cwd",
-        "--package",
-        "--file",
-        "--namespace",
-        "--context",
-        "--repo",
-        "-R",
-        "--manifest-path",
-        "--python",
-        "--profile",
-        "--region",
-        "--config",
-    ]
-)
-"""Options before a subcommand whose value is the next word."""
-
-
 def _subcommand(program: str, rest: list[str]) -> str:
+    """A program's subcommand. Of programs with subcommands of their own only known ones are kept;
+    behind an option whose value may be the next word, of all programs."""
     i = _skip_options(rest, 0)
+    while i < len(rest) and _ASSIGNMENT.match(rest[i]):
+        i += 1
     if i >= len(rest):
         return ""
-    sub = safe_word(rest[i])
-    if sub == "run" and program in {*_SCRIPTED, "mise", "deno"}:
-        i = _skip_options(rest, i + 1)
-        return safe_word(rest[i]) if i < len(rest) else "run"
-    if program in {"gh", "docker", "kubectl", "aws", "gcloud", "az"} and i + 1 < len(rest):
+    word = rest[i]
+    if word == "run" and program in RUN_SCRIPTS:
         j = _skip_options(rest, i + 1)
-        if j < len(rest) and sub in {
-            "pr",
-            "issue",
-            "run",
-            "repo",
-            "release",
-            "compose",
-            "workflow",
-        }:
-            verb = safe_word(rest[j])
-            if verb != UNKNOWN:
-                return f"{sub}:{verb}"
-    return sub
+        if j >= len(rest):
+            return "run"
+        return _script(rest[j], doubtful=j > i + 1)
+    if program in OPEN:
+        return _script(word, doubtful=i > 0)
+    if word not in SUBCOMMANDS:
+        return UNKNOWN
+    if word in NOUNS:
+        j = _skip_options(rest, i + 1)
+        if j < len(rest) and rest[j] in SUBCOMMANDS:
+            return f"{word}:{rest[j]}"
+    return word
+
+
+def _script(word: str, doubtful: bool) -> str:
+    """A script's or target's name, which may be anything."""
+    if word in SUBCOMMANDS:
+        return word
+    return UNKNOWN if doubtful else safe_word(word)
 
 
 def _interpreted(rest: list[str]) -> str:

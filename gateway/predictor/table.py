@@ -8,7 +8,7 @@ with exponential forgetting. About 400 bytes a node, all told.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -39,8 +39,8 @@ class NodeTable:
     def __init__(self, max_nodes: int) -> None:
         self.max_nodes = max_nodes
         rows = min(_FIRST_ROWS, max_nodes) + 1
-        self.stats: NDArray[np.float32] = np.zeros((rows, STATS), np.float32)
-        self.counts: NDArray[np.float32] = np.zeros((rows, BINS), np.float32)
+        self.data: NDArray[np.float32] = np.zeros((rows, STATS + BINS), np.float32)
+        """A node's statistics, then its histogram."""
         self._rows: OrderedDict[Hashable, int] = OrderedDict()
         self.forgotten_total = 0
         self.find = self._rows.get
@@ -53,8 +53,14 @@ class NodeTable:
         return iter(self._rows.items())
 
     @property
-    def nbytes(self) -> int:
-        return self.stats.nbytes + self.counts.nbytes
+    def stats(self) -> NDArray[np.float32]:
+        """The statistics of all rows, a view."""
+        return self.data[:, :STATS]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """The histograms of all rows, a view."""
+        return self.data[:, STATS:]
 
     def touch(self, key: Hashable) -> int:
         """The node's row, made if it is not there, now the most recently used."""
@@ -64,20 +70,30 @@ class NodeTable:
             return row
         if len(self._rows) >= self.max_nodes:
             _, row = self._rows.popitem(last=False)
-            self.stats[row] = 0
-            self.counts[row] = 0
+            self.data[row] = 0
             self.forgotten_total += 1
         else:
             row = len(self._rows) + 1
-            if row >= len(self.stats):
+            if row >= len(self.data):
                 self._grow(row)
         self._rows[key] = row
         return row
 
+    def fill(
+        self,
+        keys: Sequence[Hashable],
+        stats: NDArray[np.float32],
+        counts: NDArray[np.float32],
+    ) -> None:
+        """Take these nodes, least recently used first, in place of all there are."""
+        self._rows.clear()
+        self._grow(len(keys))
+        self.stats[1 : len(keys) + 1] = stats
+        self.counts[1 : len(keys) + 1] = counts
+        self._rows.update(zip(keys, range(1, len(keys) + 1), strict=True))
+
     def _grow(self, row: int) -> None:
-        rows = min(max(2 * row, _FIRST_ROWS), self.max_nodes + 1)
-        for name in ("stats", "counts"):
-            old = getattr(self, name)
-            new = np.zeros((rows, old.shape[1]), np.float32)
-            new[: len(old)] = old
-            setattr(self, name, new)
+        rows = min(max(row + row // 2, _FIRST_ROWS), self.max_nodes) + 1
+        old = self.data
+        self.data = np.zeros((rows, STATS + BINS), np.float32)
+        self.data[: len(old)] = old[:rows]

@@ -7,7 +7,7 @@ Sources and licences of the shipped file: `gateway/predictor/PRIORS.md`. Run aga
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 
 from gateway.dialects.turn import ToolCall
 from gateway.predictor.correction import Correction
+from gateway.predictor.forecast import Forecast
 from gateway.predictor.grid import BINS, bin_of, log_s
-from gateway.predictor.model import MAX_CALLS, Context, Predictor, Returns
+from gateway.predictor.model import MAX_CALLS, CallBasis, Context, Predictor, Returns
 from gateway.predictor.records import call_of, read
 from gateway.predictor.table import TRUST, N
+from gateway.predictor.warp import Warp
+from gateway.sessions import GAPS_KEPT
 
-TREES: Final = 90
+TREES: Final = 130
 DEPTH: Final = 6
-RATE: Final = 0.18
+RATE: Final = 0.19
 FOLDS: Final = 4
 SEED: Final = 7
 
@@ -40,6 +43,9 @@ class Turn:
     durations_s: list[float]
     records: list[dict[str, Any]]
     prompt_tokens: int
+    last_failed: bool = False
+    since_human: int = 8
+    last_human_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -53,7 +59,15 @@ class Recorded:
     human_gaps_s: list[float] = field(default_factory=list)
 
     def context(self, turn: Turn) -> Context:
-        return Context((self.source, self.name), self.source, self.client, turn.prompt_tokens)
+        return Context(
+            (self.source, self.name),
+            self.source,
+            self.client,
+            turn.prompt_tokens,
+            turn.last_failed,
+            turn.since_human,
+            turn.last_human_s,
+        )
 
 
 def load(folder: Path) -> list[Recorded]:
@@ -82,23 +96,64 @@ def load(folder: Path) -> list[Recorded]:
             turn.calls.append(call_of(record))
             turn.durations_s.append(record["duration_s"])
             turn.records.append(record)
+    humans: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for path in sorted(folder.glob("tool-turns*.jsonl.gz")):
         for record in read(path):
-            found = sessions.get((record["source"], record["session"]))
-            if found is not None and record["gap_kind"] == "user":
-                found.human_gaps_s.append(record["gap_s"])
+            if record["gap_kind"] == "user":
+                place = record["source"], record["session"]
+                humans.setdefault(place, []).append((record["t"] or 0.0, record["gap_s"]))
+    for place, session in sessions.items():
+        gaps = sorted(humans.get(place, []))
+        session.human_gaps_s = [gap_s for _, gap_s in gaps]
+        _note_humans(session.turns, gaps)
     return list(sessions.values())
 
 
-def replay(predictor: Predictor, session: Recorded) -> Iterable[tuple[Turn, list[Any]]]:
-    """Forecast and observe a session's turns in order, as a gateway would; yields each turn with
-    the bases of its first `MAX_CALLS` calls."""
+def _note_humans(turns: list[Turn], gaps: list[tuple[float, float]]) -> None:
+    """Tell each turn how its session got there, as the gateway would know."""
+    ahead = list(reversed(gaps))
+    since, last_s = GAPS_KEPT, 0.0
+    failed = False
+    for turn in turns:
+        while ahead and ahead[-1][0] < (turn.records[0]["t"] or 0.0):
+            since, last_s = 0, ahead.pop()[1]
+            failed = False
+        turn.since_human = since
+        turn.last_human_s = last_s if since < GAPS_KEPT else 0.0
+        turn.last_failed = failed
+        failed = turn.records[-1]["is_error"] is True
+        since = min(since + 1, GAPS_KEPT)
+
+
+Seen = tuple[Turn, int, CallBasis, Forecast]
+"""A call of a turn: the turn, the call's place in it, what was forecast of it, and the turn's whole
+forecast."""
+
+
+def replay(predictor: Predictor, session: Recorded, in_order: bool = False) -> Iterator[Seen]:
+    """Forecast and observe a session's turns in order; yields its calls before they are observed,
+    at most `MAX_CALLS` a turn.
+
+    As a gateway sees it, a turn's parallel calls are forecast together and learned from together
+    when all are done. With ``in_order`` each call is forecast when those before it in the list have
+    been learned from, as records of calls are usually scored.
+    """
     for turn in session.turns:
-        forecast = predictor.forecast(turn.calls, "tool", session.context(turn))
-        basis = forecast.basis
-        assert basis is not None
-        yield turn, basis.calls
-        predictor.observe(forecast, max(turn.durations_s), turn.durations_s[:MAX_CALLS])
+        durations = turn.durations_s[:MAX_CALLS]
+        if not in_order:
+            forecast = predictor.forecast(turn.calls, "tool", session.context(turn))
+            assert forecast.basis is not None
+            for place, call in enumerate(forecast.basis.calls):
+                yield turn, place, call, forecast
+            predictor.observe(forecast, max(durations), durations)
+            continue
+        for place, duration_s in enumerate(durations):
+            forecast = predictor.forecast(turn.calls, "tool", session.context(turn))
+            assert forecast.basis is not None
+            yield turn, place, forecast.basis.calls[place], forecast
+            alone: list[float | None] = [None] * len(durations)
+            alone[place] = duration_s
+            predictor.observe(forecast, duration_s, alone)
 
 
 def nodes_of(sessions: Sequence[Recorded]) -> Predictor:
@@ -159,10 +214,15 @@ def rows_of(
     for fold in range(folds):
         predictor = nodes_of([s for i, s in enumerate(sessions) if i % folds != fold])
         predictor.learn_shared = False
-        for session in (s for i, s in enumerate(sessions) if i % folds == fold):
-            for turn, calls in replay(predictor, session):
-                xs += [call.x for call in calls]
-                ys += [bin_of(log_s(d)) for d in turn.durations_s[:MAX_CALLS]]
+        predictor.keep_features = True
+        for number, session in enumerate(sessions):
+            if number % folds != fold:
+                continue
+            # Half of the sessions as gateways see them, half call by call.
+            for turn, place, call, _ in replay(predictor, session, in_order=number % 2 == 1):
+                assert call.x is not None
+                xs.append(call.x)
+                ys.append(bin_of(log_s(turn.durations_s[place])))
     return np.array(xs, np.float32), np.array(ys)
 
 
@@ -183,6 +243,7 @@ def correction_of(
         boosting_type="Plain",
         bootstrap_type="Bernoulli",
         subsample=0.7,
+        rsm=0.4,
         border_count=64,
         leaf_estimation_iterations=1,
         thread_count=threads,
@@ -218,8 +279,37 @@ def exported(model: Any) -> Correction:
 
 
 def trained(sessions: Sequence[Recorded], trees: int = TREES, folds: int = FOLDS) -> Predictor:
-    """Priors and correction from recorded sessions."""
-    x, y = rows_of(sessions, folds)
+    """Priors, correction and calibration from recorded sessions. The calibration is of a correction
+    trained on three quarters of them, seen on the last one."""
     predictor = nodes_of(sessions)
-    predictor.correction = correction_of(x, y, trees)
+    if len(sessions) >= 4 * folds:
+        some = [session for i, session in enumerate(sessions) if i % 4]
+        rest = [session for i, session in enumerate(sessions) if not i % 4]
+        trial = nodes_of(some)
+        trial.correction = correction_of(*rows_of(some, folds), trees)
+        predictor.warps = warps_of(trial, rest)
+    predictor.correction = correction_of(*rows_of(sessions, folds), trees)
     return predictor
+
+
+def warps_of(predictor: Predictor, sessions: Sequence[Recorded]) -> dict[str, Warp]:
+    """Where in their forecasts the sessions' calls and gaps ended."""
+    predictor.learn_shared = False
+    found: dict[str, Warp] = {}
+    for session in sessions:
+        for turn, place, call, whole in replay(predictor, session):
+            alone = Forecast(call.masses, 1.0, "tool").stated(turn.durations_s[place])
+            found.setdefault(call.words.kind, Warp()).add(alone)
+            if place == 0 and len(turn.calls) > 1:
+                lead = max(predictor_calls(whole), key=lambda each: each.level)
+                ended = whole.stated(max(turn.durations_s))
+                found.setdefault(lead.words.kind + "+", Warp()).add(ended)
+    for warp in found.values():
+        warp.refresh()
+    return found
+
+
+def predictor_calls(forecast: Forecast) -> list[CallBasis]:
+    """The calls of a forecast that has not been observed yet."""
+    assert forecast.basis is not None
+    return forecast.basis.calls

@@ -1,4 +1,4 @@
-"""What the gateway asks of a forecast of gaps, and the gaps under way."""
+"""The gaps under way that were forecast, and when a pod is to be told of one again."""
 
 from __future__ import annotations
 
@@ -6,41 +6,13 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, Protocol
+from typing import Final
 
 from gateway.admission import GapForecast
-from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind
-from gateway.sessions import Gap, Session
 
 AGAIN_AT: Final = (0.5, 0.9, 0.99)
 """A pod is told again when a wait outlives these quantiles of its forecast."""
-
-
-class Forecaster(Protocol):
-    """Forecasts gaps and learns from them."""
-
-    def forecast(
-        self, session: Session, calls: Sequence[ToolCall], idle_kind: IdleKind
-    ) -> GapForecast | None:
-        """The gap that begins after an answer with these calls; None: nothing is known."""
-        ...
-
-    def observe(self, session: Session, forecast: GapForecast, gap: Gap) -> None:
-        """Learn how a gap that was forecast came out."""
-        ...
-
-
-class NoForecasts:
-    """Knows nothing: pods are told only that sessions ended, and admission goes by age alone."""
-
-    def forecast(
-        self, session: Session, calls: Sequence[ToolCall], idle_kind: IdleKind
-    ) -> GapForecast | None:
-        return None
-
-    def observe(self, session: Session, forecast: GapForecast, gap: Gap) -> None:
-        return
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,11 +21,10 @@ class Fixed:
 
     p_return: float
     points: tuple[tuple[float, float], ...]
-    source: GapForecast
 
     @classmethod
     def of(cls, forecast: GapForecast) -> Fixed:
-        return cls(forecast.p_return, tuple(forecast.curve()), forecast)
+        return cls(forecast.p_return, tuple(forecast.curve()))
 
     def curve(self) -> Sequence[tuple[float, float]]:
         return self.points
@@ -116,15 +87,3 @@ def begun(sid: str, pod: str, idle_kind: IdleKind, forecast: Fixed, now: float) 
         if outlived_s is not None and (not again_at or now + outlived_s < again_at[-1]):
             again_at.append(now + outlived_s)
     return Wait(sid, pod, idle_kind, forecast, now, again_at)
-
-
-def quantile_of(forecast: GapForecast, gap_s: float) -> float:
-    """P(gap <= ``gap_s`` | it returns), by straight lines between the curve's points: uniform in
-    [0, 1] over many gaps if forecasts are right (Dawid 1984)."""
-    t_before, p_before = 0.0, 1.0
-    for t_s, p in forecast.curve():
-        if gap_s <= t_s:
-            within = (gap_s - t_before) / (t_s - t_before) if t_s > t_before else 1.0
-            return 1 - (p_before + (p - p_before) * within)
-        t_before, p_before = t_s, p
-    return 1 - p_before
