@@ -4,4 +4,5 @@ import os
 import tempfile
 
 # What a gateway under test learns stays out of the state of whoever runs the tests.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="cachewise-tests-")
+_STATE = tempfile.TemporaryDirectory(prefix="cachewise-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_STATE_HOME"] = _STATE.name
