@@ -168,14 +168,18 @@ class Engine:
             self.cached_tokens.setdefault(new.req_id, new.num_computed_tokens)
         return finished
 
-    def run(self, *requests: Request, steps: int = 200) -> None:
+    def run(self, *requests: Request, steps: int = 2_000) -> None:
         """Step until `requests`, or all, have finished."""
         for _ in range(steps):
             if all(r.is_finished() for r in requests or list(self.scheduler.requests.values())):
                 return
             self.step()
             self.check()
-        raise AssertionError(f"not finished in {steps} steps")
+        s = self.scheduler
+        raise AssertionError(
+            f"not finished in {steps} steps: {len(s.running)} run, {len(s.waiting)} and "
+            f"{len(s.kv_holding_waiting)} wait, {self.pool.get_num_free_blocks()} blocks are free"
+        )
 
     def turn(self, tokens: list[int], session: str | None = None, **fields: Any) -> int:
         """A request from arrival to end; the tokens of its prompt found in the cache."""
