@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable, Iterable
+from itertools import zip_longest
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -56,10 +57,13 @@ class HintEndpoints:
         if not self.may_hint(request.scope["headers"]):
             return error_answer(403, f"{TOKEN_HEADER} is missing or wrong")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                return error_answer(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    return error_answer(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        except ClientDisconnect:
+            return error_answer(400, "the body is not complete")  # nobody hears it
         try:
             envelope, _ = parse(bytes(body))
         except HintError as error:
@@ -72,7 +76,7 @@ class HintEndpoints:
             {
                 "protocol_version": envelope.protocol_version,
                 "message_id": envelope.message_id,
-                "results": [_best(ranks) for ranks in zip(*active, strict=True)],
+                "results": [_best(ranks) for ranks in zip_longest(*active)],
             }
         )
 
@@ -93,9 +97,14 @@ class HintEndpoints:
 _ORDER = ("applied", "clipped", "rejected", "unsupported")
 
 
-def _best(ranks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A session lives on one data-parallel rank; the best answer is its answer."""
-    return min(ranks, key=lambda answer: _ORDER.index(answer["status"]))
+def _best(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """A session lives on one data-parallel rank; the best answer is its answer.
+
+    A rank that saw the `message_id` in a request's body may have answered another number of
+    actions.
+    """
+    answers = (answer for answer in ranks if answer is not None)
+    return min(answers, key=lambda answer: _ORDER.index(answer["status"]))
 
 
 def malformed(error: HintError) -> JSONResponse:

@@ -6,8 +6,8 @@ per second of cache time spent waiting.
 """
 
 import math
-from bisect import bisect_left
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
 
 # Below this the curve's last point says nothing any more: a session later than its whole forecast
 # is late, not dead (1 % is the resolution of a curve learned from a few hundred gaps).
@@ -15,37 +15,40 @@ _TAIL_FLOOR = 0.01
 _MIN_ELAPSED_S = 1e-3
 
 
-@dataclass(frozen=True, slots=True)
 class Forecast:
     """P(gap > t) of a session that returns, and the chance that it returns at all.
 
     Args:
         survival: points `(t_s, p)`, `t_s` rising from 0 or later, `p` falling in [0, 1]; linear
             between points, from `(0, 1)`. Beyond the last point `p` falls as 1/t, the heavy tail
-            of agents' gaps.
+            of agents' gaps. No `p` counts as less than 1 %.
         p_return: P(the session ever returns), in [0, 1].
     """
 
-    survival: tuple[tuple[float, float], ...]
-    p_return: float
+    # Flat tuples of numbers: there is one forecast a session, and the collector skips these.
+    __slots__ = ("_horizons", "_survival", "_times_s", "p_return")
+
+    def __init__(self, survival: Sequence[tuple[float, float]], p_return: float) -> None:
+        self.p_return = p_return
+        later = [(t, p) for t, p in survival if t > 0]
+        self._times_s = (0.0, *(t for t, _ in later))
+        self._survival = (1.0, *(max(p, _TAIL_FLOOR) for _, p in later))
+        self._horizons: tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]] | None = None
 
     @property
     def last_s(self) -> float:
         """Time of the curve's last point, seconds."""
-        return self.survival[-1][0] if self.survival else 0.0
+        return self._times_s[-1]
 
     def survival_at(self, t_s: float) -> float:
         """P(gap > t_s | the session returns)."""
-        if not self.survival or t_s >= self.last_s:
-            last_s, p = self.survival[-1] if self.survival else (0.0, 1.0)
-            last_s = max(last_s, _MIN_ELAPSED_S)
-            return max(p, _TAIL_FLOOR) * last_s / max(t_s, last_s)
-        i = bisect_left(self.survival, (t_s,))
-        t1, p1 = self.survival[i]
-        t0, p0 = self.survival[i - 1] if i else (0.0, 1.0)
-        if t1 <= t0:
-            return max(p1, _TAIL_FLOOR)
-        return max(p0 + (p1 - p0) * (t_s - t0) / (t1 - t0), _TAIL_FLOOR)
+        last_s = max(self._times_s[-1], _MIN_ELAPSED_S)
+        if t_s >= last_s:
+            return self._survival[-1] * last_s / t_s
+        i = bisect_right(self._times_s, t_s)
+        t0, t1 = self._times_s[i - 1 : i + 1]
+        p0, p1 = self._survival[i - 1 : i + 1]
+        return p0 + (p1 - p0) * (t_s - t0) / (t1 - t0)
 
     def reuse_rate(self, elapsed_s: float) -> float:
         """Reuses per second of residency, given that `elapsed_s` have passed without a return.
@@ -55,32 +58,62 @@ class Forecast:
         waited (Gittins 1979; as a cache's hit density: Beckmann, Chen & Cidon, LHD, NSDI 2018).
         A return after exactly g seconds gives 1/(g - elapsed), which orders as Belady; a gap
         longer than all forecast gives P(returns)/elapsed, which orders as LRU.
+
+        The curve's points are prepared once; then a call costs O(log points).
         """
-        p_return = self.p_return
-        if p_return <= 0:
+        if self.p_return <= 0:
             return 0.0
-        gone = 1 - p_return
         elapsed_s = max(elapsed_s, _MIN_ELAPSED_S)
-        still_out = p_return * self.survival_at(elapsed_s)
-        absent = still_out + gone
-        last_s = max(self.last_s, _MIN_ELAPSED_S)
-        if elapsed_s >= last_s:  # the hazard only falls from here on: its value now is the best
-            return still_out / absent / elapsed_s
-        best = kept_s = 0.0
-        t0, p0 = elapsed_s, absent
-        for t, survival in self.survival[bisect_left(self.survival, (elapsed_s,)) :]:
-            if t <= t0:
-                continue
-            p = p_return * max(survival, _TAIL_FLOOR) + gone
-            kept_s += (p0 + p) / 2 * (t - t0)
-            best = max(best, (absent - p) / kept_s)
-            t0, p0 = t, p
-        tail = p_return * self.survival_at(last_s) * last_s
-        for growth in (1.1, 2, 2, 2, 2):
-            kept_s += tail * math.log(growth) + gone * t0 * (growth - 1)
+        times_s = self._times_s
+        if elapsed_s >= times_s[-1]:
+            # The hazard only falls from here on: its value now is the best.
+            still_out = self.p_return * self.survival_at(elapsed_s)
+            return still_out / (still_out + 1 - self.p_return) / elapsed_s
+        if self._horizons is None:
+            self._horizons = self._prepare()
+        kept_s, absent, following = self._horizons
+        i = bisect_right(times_s, elapsed_s)
+        waited_s = elapsed_s - times_s[i - 1]
+        p0, p1 = absent[i - 1], absent[i]
+        p = p0 + (p1 - p0) * waited_s / (times_s[i] - times_s[i - 1])
+        kept = kept_s[i - 1] + (p0 + p) / 2 * waited_s
+        rate = (p - p1) / (kept_s[i] - kept)
+        while (i := following[i]) >= 0 and (better := (p - absent[i]) / (kept_s[i] - kept)) > rate:
+            rate = better
+        return rate
+
+    def _prepare(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+        """For each point of the curve and some beyond: E[time kept until then], P(not back by
+        then), and the best horizon after it (the index of a point; -1 after the last).
+
+        In the plane of the first two the index is the steepest slope to a later point: the edge
+        of the upper hull of all that follow. One pass from the end, O(points).
+        """
+        p_return, gone = self.p_return, 1 - self.p_return
+        kept_s, absent = [0.0], [1.0]
+        t0 = kept = 0.0
+        for t, survival in zip(self._times_s[1:], self._survival[1:], strict=True):
+            p = p_return * survival + gone
+            kept += (absent[-1] + p) / 2 * (t - t0)
+            kept_s.append(kept)
+            absent.append(p)
+            t0 = t
+        tail = p_return * self._survival[-1] * t0
+        for growth in (1.1, 1.3, 1.5, 2, 2, 2):
+            kept += tail * math.log(growth) + gone * t0 * (growth - 1)
             t0 *= growth
-            best = max(best, (absent - tail / t0 - gone) / kept_s)
-        return best
+            kept_s.append(kept)
+            absent.append(tail / t0 + gone)
+        following = [-1] * len(kept_s)
+        for i in range(len(kept_s) - 2, -1, -1):
+            kept, p = kept_s[i], absent[i]
+            best = i + 1
+            while (beyond := following[best]) >= 0 and (p - absent[beyond]) * (
+                kept_s[best] - kept
+            ) >= (p - absent[best]) * (kept_s[beyond] - kept):
+                best = beyond
+            following[i] = best
+        return tuple(kept_s), tuple(absent), tuple(following)
 
 
 def recompute_cost(context_tokens: float, parity_tokens: float) -> float:

@@ -45,7 +45,7 @@ class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     action_id: Id
     action_type: Id
     action_version: Id
-    payload: dict[str, Any]
+    payload: msgspec.Raw
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,11 +82,15 @@ class Retain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scope: Id | None = None
 
 
+_decode_envelope = msgspec.json.Decoder(Envelope).decode
+_decode_reuse = msgspec.json.Decoder(Reuse).decode
+_decode_retain = msgspec.json.Decoder(Retain).decode
+
 Payload = Reuse | Retain
 Parsed = list[tuple[Action, Payload | None]]
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What became of one action."""
 
     action_id: str
@@ -101,11 +105,9 @@ def parse(body: bytes | dict[str, Any]) -> tuple[Envelope, Parsed]:
         HintError: naming the field that is wrong.
     """
     try:
-        envelope = (
-            msgspec.json.decode(body, type=Envelope)
-            if isinstance(body, bytes)
-            else msgspec.convert(body, Envelope)
-        )
+        if not isinstance(body, bytes):
+            body = msgspec.json.encode(body)
+        envelope = _decode_envelope(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _hint_error(error, "") from None
     if envelope.protocol_version != PROTOCOL_VERSION:
@@ -141,12 +143,12 @@ def _parse_payload(action: Action, field: str) -> Payload | None:
     field += ".payload"
     try:
         if action.action_type == "kv.retain":
-            retain = msgspec.convert(action.payload, Retain)
+            retain = _decode_retain(action.payload)
             _check_id(retain.scope, f"{field}.scope")
             _check_directives(retain, field)
             return retain
-        reuse = msgspec.convert(action.payload, Reuse)
-    except msgspec.ValidationError as error:
+        reuse = _decode_reuse(action.payload)
+    except msgspec.DecodeError as error:
         raise _hint_error(error, field) from None
     _check_id(reuse.session_id, f"{field}.session_id")
     _check_curve(reuse, field)
@@ -164,13 +166,14 @@ def _check_curve(reuse: Reuse, field: str) -> None:
             raise HintError(f"{field}.{name}", "not a finite number")
     t0, p0 = -1.0, 1.0
     for i, (t, p) in enumerate(reuse.survival):
+        if t0 < t < math.inf and p <= p0:  # which no NaN is
+            t0, p0 = t, p
+            continue
         if not (math.isfinite(t) and math.isfinite(p)):
             raise HintError(f"{field}.survival[{i}]", "not a finite number")
         if t <= t0:
             raise HintError(f"{field}.survival[{i}][0]", "times must rise")
-        if p > p0:
-            raise HintError(f"{field}.survival[{i}][1]", "the curve must not rise")
-        t0, p0 = t, p
+        raise HintError(f"{field}.survival[{i}][1]", "the curve must not rise")
 
 
 def _check_directives(retain: Retain, field: str) -> None:
@@ -238,7 +241,9 @@ class HintBook:
     def _reuse(self, action_id: str, reuse: Reuse, now: float) -> Answer:
         if reuse.elapsed_s > MAX_LAPSE_S:
             return Answer(action_id, "rejected", f"the gap is older than {MAX_LAPSE_S:.0f} s")
-        curve = tuple((t, p) for t, p in reuse.survival if t <= MAX_LAPSE_S)
+        curve = reuse.survival
+        if curve and curve[-1][0] > MAX_LAPSE_S:
+            curve = [(t, p) for t, p in curve if t <= MAX_LAPSE_S]
         refusal = self.sessions.forecast(
             reuse.session_id,
             reuse.idle_kind,

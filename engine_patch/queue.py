@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -24,6 +24,8 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 RESCORE_S = 0.5
 # The youngest age that counts; below it everything is "just freed".
 _MIN_AGE_S = 1e-3
+# Shared by more sessions than this, a group is valued at a rescore and not at every event.
+_FEW_OWNERS = 4
 
 
 class Block(Protocol):
@@ -33,10 +35,11 @@ class Block(Protocol):
     ref_cnt: int
     prev_free_block: Any
     next_free_block: Any
-    is_null: bool
 
     @property
     def block_hash(self) -> Any: ...
+    @property
+    def block_hash_num_tokens(self) -> int | None: ...
 
 
 class _End:
@@ -62,10 +65,12 @@ class Group:
         "cause",
         "entry",
         "first",
-        "free",
+        "held",
         "in_lru",
         "last",
         "members",
+        "placed_at",
+        "rate",
         "score",
         "serial",
         "shared",
@@ -79,17 +84,39 @@ class Group:
         self.members = members
         self.superseded = superseded
         self.shared = len(members) > 1
-        self.size = 0  # blocks of the group, free or in use
-        self.free = 0  # of which in this list
+        self.size = 0  # blocks of a group with members, free or in use
+        self.held = Run(self)
         self.first: Any = _End()
         self.last: Any = _End()
         self.first.next_free_block = self.last
         self.last.prev_free_block = self.first
         self.score: float | None = None  # None: by age, in the LRU order of the whole pod
+        self.rate: float | None = None  # of the owner that is back soonest, at the first block
+        self.placed_at = float("-inf")  # when it was valued
         self.cause: Cause = "lru"
         self.stepwise = False  # the score may rise from one block to the next
         self.entry: tuple[float, int, Group] | None = None
         self.in_lru = False
+
+    @property
+    def has_free(self) -> bool:
+        """Whether any of its blocks is free."""
+        return self.first.next_free_block is not self.last
+
+
+class Run:
+    """Blocks of one group given back together: when, and where in the LRU order of the pod.
+
+    What the queue knows of a block is its run. A block in use keeps its last one, or has its
+    group's `held` one if it has never been free.
+    """
+
+    __slots__ = ("freed_at", "group", "stamp")
+
+    def __init__(self, group: Group, stamp: int = 0, freed_at: float = 0.0) -> None:
+        self.group = group
+        self.stamp = stamp
+        self.freed_at = freed_at
 
 
 class ReuseAwareFreeQueue:
@@ -102,14 +129,15 @@ class ReuseAwareFreeQueue:
     and neither starves the other; among themselves they keep stock's order exactly.
 
     Costs: append, remove and touch O(1); an eviction O(log groups), where groups are the distinct
-    sets of owners, about one for each session and branching; a rescore O(sessions), at most every
-    `RESCORE_S` and only when a cached block must go. Nothing is scored per block.
+    sets of owners, about one for each session and branching; a rescore O(groups), at most every
+    `RESCORE_S` and only when a cached block must go. Nothing is scored per block. Until a session
+    owns blocks, the queue is one list and does what stock's does.
 
     Args:
-        blocks: the free blocks in stock's order; their ids index the queue's arrays.
+        blocks: the free blocks in stock's order; their ids index the queue's array.
         tokens_per_block: tokens of a block.
         parity_tokens: `forecast.recompute_cost`'s parity of the model.
-        ledger: remembers evicted hashes to find those that come back; optional.
+        ledger: remembers evicted blocks to find those that come back; optional.
 
     `now` is set by the driver before each step (any monotonic seconds).
     """
@@ -136,22 +164,19 @@ class ReuseAwareFreeQueue:
         self.fake_free_list_tail = self._anonymous.last
         _link(blocks, self.fake_free_list_head, self.fake_free_list_tail)
 
-        # By block id. Only written once a session is known: before, every block is anonymous.
-        capacity = max((b.block_id for b in blocks), default=-1) + 1
-        self._group: list[Group | None] = [None] * capacity
-        self._position = [0] * capacity  # index in its chain
-        self._stamp = [0] * capacity  # place in the LRU order of the pod
-        self._freed_at = [0.0] * capacity
+        # By block id; None for a block that is uncached, or was freed before any was owned.
+        self._run: list[Run | None] = [None] * (max((b.block_id for b in blocks), default=-1) + 1)
         self._tracking = False
         self._next_stamp = 1
 
         self._groups: set[Group] = set()
         self._by_members: dict[frozenset[Session], Group] = {}
-        self._grouped_free = 0
         # Heaps with lazy deletion: an entry counts if its group still says so.
         self._lru: list[tuple[int, int, Group]] = []
         self._scored: list[tuple[float, int, Group]] = []
         self._rescore_at = 0.0
+        # The group that victims come from, until anything is valued anew.
+        self._giving: Group | None = None
 
     # --- vLLM's interface ---------------------------------------------------------------------
 
@@ -169,9 +194,16 @@ class ReuseAwareFreeQueue:
         """Take the next `n` blocks to be given away, in order."""
         assert self.num_free_blocks >= n, f"{n} blocks asked, {self.num_free_blocks} free"
         self.num_free_blocks -= n
-        if not self._grouped_free:
-            return self._take_anonymous(n)
-        return self._take_victims(n)
+        if self._groups:
+            taken = self._take_victims(n)
+        else:
+            taken = _unlink_first(self._anonymous, n)
+            self._count(taken, "lru")
+        if self._tracking:
+            runs = self._run
+            for block in taken:
+                runs[block.block_id] = None
+        return taken
 
     def remove(self, block: Any) -> None:
         """Take one block out of the middle: a request hit it in the cache.
@@ -186,11 +218,6 @@ class ReuseAwareFreeQueue:
         after.prev_free_block = before
         block.prev_free_block = block.next_free_block = None
         self.num_free_blocks -= 1
-        if self._tracking:
-            group = self._group[block.block_id]
-            if group is not None:
-                group.free -= 1
-                self._grouped_free -= 1
 
     def append(self, block: Any) -> None:
         """Free one block as the last to be evicted of its kind."""
@@ -206,29 +233,35 @@ class ReuseAwareFreeQueue:
         if not self._tracking:
             _link(blocks, tail.prev_free_block, tail)
             return
-        groups, stamps, freed_at = self._group, self._stamp, self._freed_at
-        stamp, now = self._next_stamp, self.now
+        runs, now = self._run, self.now
+        group = self._anonymous
+        run = Run(group, self._next_stamp, now)
+        end = group.last
+        before = end.prev_free_block
+        seen: Run | None = None
         grown: list[Group] = []
         for block in blocks:
-            i = block.block_id
-            stamps[i] = stamp
-            stamp += 1
-            freed_at[i] = now
-            group = groups[i]
-            if group is None:
-                end = tail
-            else:
-                end = group.last
-                if not group.free:
-                    grown.append(group)
-                group.free += 1
-                self._grouped_free += 1
-            before = end.prev_free_block
+            held = runs[block.block_id]
+            if held is not seen:
+                seen = held
+                owner = held.group if held is not None else self._anonymous
+                if owner is not group:
+                    before.next_free_block = end
+                    end.prev_free_block = before
+                    group = owner
+                    self._next_stamp += 1
+                    run = Run(group, self._next_stamp, now)
+                    end = group.last
+                    before = end.prev_free_block
+                    if before is group.first and group is not self._anonymous:
+                        grown.append(group)
+            runs[block.block_id] = run
             before.next_free_block = block
             block.prev_free_block = before
-            block.next_free_block = end
-            end.prev_free_block = block
-        self._next_stamp = stamp
+            before = block
+        before.next_free_block = end
+        end.prev_free_block = before
+        self._next_stamp += 1
         for group in grown:
             self._place(group)
 
@@ -240,23 +273,22 @@ class ReuseAwareFreeQueue:
         head = self.fake_free_list_head
         _link(blocks, head, head.next_free_block)
         if self._tracking:
+            self._giving = None
             for block in blocks:
-                self._stamp[block.block_id] = 0
                 self._leave(block.block_id)
 
     def get_all_free_blocks(self) -> list[Any]:
         """Every free block in the order in which it would be taken now. O(n log n), for tests."""
-        if not self._grouped_free:
+        if not self._groups:
             return list(_walk(self._anonymous))
         self._rescore()
-        by_age = [g for g in self._groups if g.free and g.score is None]
-        aged = list(
-            heapq.merge(
-                *(_walk(g) for g in (self._anonymous, *by_age)),
-                key=lambda b: self._stamp[b.block_id],
-            )
-        )[::-1]
-        scored = [(g.entry[0], g.serial, list(_walk(g))[::-1], g) for g in self._groups if g.entry]
+        by_age = [g for g in self._groups if g.has_free and g.score is None]
+        aged = list(heapq.merge(*map(_walk, (self._anonymous, *by_age)), key=self._stamp))[::-1]
+        scored = [
+            (g.entry[0], g.serial, list(_walk(g))[::-1], g)
+            for g in self._groups
+            if g.entry and g.has_free
+        ]
         heapq.heapify(scored)
         order = []
         while scored:
@@ -268,14 +300,14 @@ class ReuseAwareFreeQueue:
                 continue
             order.append(blocks.pop())
             if blocks:
-                value, _, _ = self._value(group, blocks[-1])
+                value = self._value(group, blocks[-1])[0]
                 assert value is not None
                 heapq.heappush(scored, (value, serial, blocks, group))
         return order + aged[::-1]
 
     def iter_blocks_after(self, cursor: Any) -> Iterator[Any]:
         """Free blocks in eviction order after `cursor`, or all of them for None."""
-        if not self._grouped_free:
+        if not self._groups:
             block = (cursor or self.fake_free_list_head).next_free_block
             while block is not None and block is not self.fake_free_list_tail:
                 yield block
@@ -290,34 +322,41 @@ class ReuseAwareFreeQueue:
 
     # --- sessions -----------------------------------------------------------------------------
 
-    def adopt(self, session: Session, blocks: Iterable[Any]) -> None:
+    def adopt(self, session: Session, blocks: Sequence[Any]) -> None:
         """Make `session` an owner of the cached ones of `blocks`, a chain from its first block.
 
-        Call while the blocks are in use. O(blocks), once for each turn.
+        Call while the blocks are in use. From the end, to the first block that it owns already:
+        those before were adopted with it. O(new blocks), once for each turn.
         """
         self._tracking = True
-        groups, positions = self._group, self._position
-        seen: Group | None = None
+        runs = self._run
+        first = runs[blocks[0].block_id] if blocks else None
+        if first is not None and session in first.group.members:
+            session.continued = True
+        own: Group | None = None
+        seen: Run | None = None
         joined: Group | None = None
-        for position, block in enumerate(blocks):
-            if block.block_hash is None or block.is_null:
+        for block in reversed(blocks):
+            held = runs[block.block_id]
+            if held is None:
+                if block.block_hash is None:
+                    continue
+                if own is None:
+                    own = self._join(None, session)
+                runs[block.block_id] = own.held
+                own.size += 1
                 continue
-            i = block.block_id
-            group = groups[i]
-            if not position and group is not None and session in group.members:
-                session.continued = True
-            if joined is None or group is not seen:
-                seen, joined = group, self._join(group, session)
-            if group is joined:
-                continue
-            groups[i] = joined
+            group = held.group
+            if held is not seen:
+                seen = held
+                joined = self._join(group, session)
+            assert joined is not None
+            if joined is group:
+                break
+            runs[block.block_id] = joined.held
             joined.size += 1
-            positions[i] = position
-            if group is not None:
-                group.size -= 1
-                self._drop_if_empty(group)
-        if joined is not None:
-            self._drop_if_empty(joined)
+            group.size -= 1
+            self._drop_if_empty(group)
 
     def disown(self, session: Session) -> None:
         """Forget `session`: what only it owned becomes the first to go, the rest stays shared."""
@@ -348,7 +387,7 @@ class ReuseAwareFreeQueue:
             return
         stale = []
         for block in _walk(own):
-            if self._stamp[block.block_id] >= session.turn_stamp:
+            if self._stamp(block) >= session.turn_stamp:
                 break
             stale.append(block)
         if not stale:
@@ -358,17 +397,31 @@ class ReuseAwareFreeQueue:
             aside = session.superseded = self._create(own.members, superseded=True)
         _unlink_first(own, len(stale))
         _link(stale, aside.last.prev_free_block, aside.last)
+        run = aside.held
         for block in stale:
-            self._group[block.block_id] = aside
-        for group, n in ((own, -len(stale)), (aside, len(stale))):
-            group.size += n
-            group.free += n
+            old = self._run[block.block_id]
+            assert old is not None
+            if old.stamp != run.stamp:
+                run = Run(aside, old.stamp, old.freed_at)
+            self._run[block.block_id] = run
+        own.size -= len(stale)
+        aside.size += len(stale)
         self._drop_if_empty(own)
         self._place(aside)
 
     def reclassify(self, session: Session) -> None:
-        """The session's rate has changed: give its blocks their new value. O(its groups)."""
+        """The session's rate has changed: give its blocks their new value. O(its groups).
+
+        What many sessions share is only ever raised here; a rescore lowers it.
+        """
         for group in session.groups:
+            if (
+                len(group.members) > _FEW_OWNERS
+                and group.rate is not None
+                and not session.retentions
+                and (session.rate is None or session.rate <= group.rate)
+            ):
+                continue
             self._place(group)
 
     def reset(self) -> None:
@@ -377,9 +430,7 @@ class ReuseAwareFreeQueue:
         for group in list(self._groups):
             group.size = 0
             self._drop_if_empty(group)
-        self._group = [None] * len(self._group)
-        self._stamp = [0] * len(self._stamp)
-        self._grouped_free = 0
+        self._run = [None] * len(self._run)
         self._tracking = False
         _link(order, self.fake_free_list_head, self.fake_free_list_tail)
 
@@ -389,33 +440,17 @@ class ReuseAwareFreeQueue:
 
     # --- order --------------------------------------------------------------------------------
 
-    def _take_anonymous(self, n: int) -> list[Any]:
-        """Stock's order: from the front of the one list."""
-        taken = _unlink_first(self._anonymous, n)
-        self._count(taken, "lru")
-        if self._tracking:
-            for block in taken:
-                self._stamp[block.block_id] = 0
-        return taken
-
-    def _count(self, taken: list[Any], cause: Cause) -> None:
-        hashes = [block.block_hash for block in taken]
-        self.evictions[cause] += len(hashes) - hashes.count(None)
-        if self.ledger is not None:
-            self.ledger.record(hashes, self.now)
-
     def _take_victims(self, n: int) -> list[Any]:
         taken: list[Any] = []
-        front = self._anonymous
+        front, runs = self._anonymous, self._run
+        giving = self._giving
+        if giving is not None and self.now < self._rescore_at and giving.has_free:
+            taken = _unlink_first(giving, n)
+            self._account(giving, taken, giving.cause)
         while len(taken) < n:
             head = front.first.next_free_block
-            if (
-                head is not front.last
-                and head.block_hash is None
-                and not self._stamp[head.block_id]
-            ):
-                _unlink_first(front, 1)
-                taken.append(head)
+            if head is not front.last and head.block_hash is None and runs[head.block_id] is None:
+                taken += _unlink_first(front, 1)
                 continue
             if self.now >= self._rescore_at:
                 self._rescore()
@@ -426,48 +461,51 @@ class ReuseAwareFreeQueue:
                 score is not None and self._age_score(oldest.first.next_free_block) > score
             ):
                 assert worst is not None, "fewer blocks linked than counted free"
-                k = 1 if worst.stepwise else min(n - len(taken), worst.free)
-                victims = _unlink_first(worst, k)
-                cause = worst.cause
+                victims = _unlink_first(worst, 1 if worst.stepwise else n - len(taken))
+                self._giving = None if worst.stepwise else worst
+                self._account(worst, victims, worst.cause)
             else:
                 victims = self._take_aged(oldest, n - len(taken), score)
-                worst, cause = oldest, "lru"
-            self._account(worst, victims, cause)
-            taken.extend(victims)
+                self._account(oldest, victims, "lru")
+            taken += victims
         return taken
 
     def _take_aged(self, group: Group, n: int, score: float | None) -> list[Any]:
         """A run from the front of the oldest list, while it stays oldest and least valuable."""
         rivals = [entry[0] for entry in self._lru[:3] if entry[2] is not group]
-        if group is not self._anonymous:
-            head = self.fake_free_list_head.next_free_block
-            if head is not self.fake_free_list_tail:
-                rivals.append(self._stamp[head.block_id])
+        if group is not self._anonymous and self._anonymous.has_free:
+            rivals.append(self._stamp(self.fake_free_list_head.next_free_block))
         limit = min(rivals, default=self._next_stamp)
         k = 0
         for block in _walk(group):
-            if k == n or (k and self._stamp[block.block_id] >= limit):
+            if k == n or (k and self._stamp(block) >= limit):
                 break
             if k and score is not None and self._age_score(block) > score:
                 break
             k += 1
         return _unlink_first(group, k)
 
+    def _count(self, taken: list[Any], cause: Cause) -> None:
+        hashes = [block.block_hash for block in taken]
+        self.evictions[cause] += len(hashes) - hashes.count(None)
+        if self.ledger is not None:
+            self.ledger.record(taken, self.now)
+
     def _account(self, group: Group, victims: list[Any], cause: Cause) -> None:
         """Keep the books for blocks just unlinked from `group`."""
         self._count(victims, cause)
-        for block in victims:
-            self._group[block.block_id] = None
         if group is self._anonymous:
             return
-        group.free -= len(victims)
         group.size -= len(victims)
-        self._grouped_free -= len(victims)
         for session in group.members:
             session.evicted_blocks += len(victims)
-        if group.free and group.score is not None:
+        if group.stepwise and group.score is not None:
             self._place(group)
         self._drop_if_empty(group)
+
+    def _stamp(self, block: Any) -> int:
+        run = self._run[block.block_id]
+        return run.stamp if run is not None else 0
 
     def _oldest(self) -> Group | None:
         """The list whose front is next in stock's order."""
@@ -475,19 +513,19 @@ class ReuseAwareFreeQueue:
         oldest: Group | None = None
         while heap:
             stamp, serial, group = heap[0]
-            if not group.free or group.score is not None:
+            if group.score is not None or not group.has_free:
                 heapq.heappop(heap)
                 group.in_lru = False
                 continue
-            first = self._stamp[group.first.next_free_block.block_id]
+            first = self._stamp(group.first.next_free_block)
             if first == stamp:
                 oldest = group
                 break
             heapq.heapreplace(heap, (first, serial, group))
-        head = self.fake_free_list_head.next_free_block
-        if head is self.fake_free_list_tail:
+        if not self._anonymous.has_free:
             return oldest
-        if oldest is None or self._stamp[head.block_id] < heap[0][0]:
+        head = self.fake_free_list_head.next_free_block
+        if oldest is None or self._stamp(head) < heap[0][0]:
             return self._anonymous
         return oldest
 
@@ -496,7 +534,7 @@ class ReuseAwareFreeQueue:
         while heap:
             entry = heap[0]
             group = entry[2]
-            if group.entry is entry and group.free:
+            if group.entry is entry and group.has_free:
                 return group
             heapq.heappop(heap)
             if group.entry is entry:
@@ -505,15 +543,17 @@ class ReuseAwareFreeQueue:
 
     def _place(self, group: Group) -> None:
         """Value the group by its first block and file it under its order."""
-        group.entry = None
-        if not group.free:
+        group.entry = self._giving = None
+        group.placed_at = self.now
+        if not group.has_free:
+            group.rate = None
             return
         head = group.first.next_free_block
-        group.score, group.cause, group.stepwise = self._value(group, head)
+        group.score, group.rate, group.cause, group.stepwise = self._value(group, head)
         if group.score is None:
             if not group.in_lru:
                 group.in_lru = True
-                heapq.heappush(self._lru, (self._stamp[head.block_id], group.serial, group))
+                heapq.heappush(self._lru, (self._stamp(head), group.serial, group))
             return
         if len(self._scored) > 4 * len(self._groups) + 64:
             self._scored = [e for e in self._scored if e[2].entry is e]
@@ -521,14 +561,14 @@ class ReuseAwareFreeQueue:
         group.entry = (group.score, group.serial, group)
         heapq.heappush(self._scored, group.entry)
 
-    def _value(self, group: Group, block: Any) -> tuple[float | None, Cause, bool]:
-        """Value of the group's `block` (None: by age), why it goes, whether the next may differ."""
+    def _value(self, group: Group, block: Any) -> tuple[float | None, float | None, Cause, bool]:
+        """Value of the group's `block` (None: by age), the rate behind it, why it goes, whether
+        the next block's may be higher."""
         if group.superseded and group.members:
-            return 0.0, "superseded", False
+            return 0.0, None, "superseded", False
         if not group.members:
-            return 0.0, "lru", False
-        i = block.block_id
-        token = self._position[i] * self.tokens_per_block
+            return 0.0, None, "lru", False
+        token = self._token(block)
         best: float | None = None
         aged = stepwise = False
         for session in group.members:
@@ -541,41 +581,44 @@ class ReuseAwareFreeQueue:
             elif best is None or rate > best:
                 best = rate
         if best is None and not stepwise:
-            return None, "lru", False
+            return None, None, "lru", False
         cause: Cause = "lru" if best is None else "forecast" if best else "ended"
+        worth = best or 0.0
         # A prefix that several sessions had in common will find others: it only ages.
         if aged or (group.shared and not best):
             stepwise = True
-            best = max(best or 0.0, 1 / max(self.now - self._freed_at[i], _MIN_AGE_S))
-        assert best is not None
-        value: float = best * recompute_cost(token, self.parity_tokens)
-        return value, cause, stepwise
+            worth = max(worth, 1 / self._age_s(block))
+        return worth * recompute_cost(token, self.parity_tokens), best, cause, stepwise
+
+    def _token(self, block: Any) -> int:
+        """Where in its prompt the block begins."""
+        return max((block.block_hash_num_tokens or 0) - self.tokens_per_block, 0)
+
+    def _age_s(self, block: Any) -> float:
+        run = self._run[block.block_id]
+        return max(self.now - (run.freed_at if run is not None else 0.0), _MIN_AGE_S)
 
     def _age_score(self, block: Any) -> float:
         if block.block_hash is None:
             return 0.0
-        i = block.block_id
-        if self._group[i] is None:  # its place in a chain was never learned; vLLM knows the end
-            token: int = getattr(block, "block_hash_num_tokens", None) or 0
-        else:
-            token = self._position[i] * self.tokens_per_block
-        age = max(self.now - self._freed_at[i], _MIN_AGE_S)
-        score: float = recompute_cost(token, self.parity_tokens) / age
-        return score
+        cost: float = recompute_cost(self._token(block), self.parity_tokens)
+        return cost / self._age_s(block)
 
     def _rescore(self) -> None:
-        """Let every forecast age to `now`. O(sessions)."""
+        """Let every forecast age to `now`. O(groups)."""
         started = time.perf_counter()
-        self._rescore_at = self.now + RESCORE_S
-        self._scored.clear()
-        refreshed: set[Session] = set()
+        now = self.now
+        self._rescore_at = now + RESCORE_S
+        self._giving = None
         for group in self._groups:
+            stale = group.stepwise or len(group.members) > _FEW_OWNERS
             for session in group.members:
-                if session not in refreshed:
-                    refreshed.add(session)
-                    session.refresh(self.now)
-        for group in self._groups:
-            self._place(group)
+                if now >= session.refresh_at:
+                    session.refresh(now)
+                if session.refreshed_at >= group.placed_at:
+                    stale = True
+            if stale:
+                self._place(group)
         self.scoring_s += time.perf_counter() - started
 
     # --- ownership ----------------------------------------------------------------------------
@@ -598,17 +641,19 @@ class ReuseAwareFreeQueue:
         return group
 
     def _leave(self, block_id: int) -> None:
-        group = self._group[block_id]
-        if group is not None:
-            self._group[block_id] = None
-            group.size -= 1
-            self._drop_if_empty(group)
+        run = self._run[block_id]
+        self._run[block_id] = None
+        if run is not None:
+            run.group.size -= 1
+            self._drop_if_empty(run.group)
 
     def _drop_if_empty(self, group: Group) -> None:
-        if group.size or group not in self._groups:
+        if group.size > 0 or group not in self._groups:
             return
         self._groups.discard(group)
         group.entry = None
+        if self._giving is group:
+            self._giving = None
         if self._by_members.get(group.members) is group:
             del self._by_members[group.members]
         for session in group.members:
@@ -634,10 +679,11 @@ def _link(blocks: list[Any], before: Any, after: Any) -> None:
 
 
 def _unlink_first(group: Group, n: int) -> list[Any]:
-    """Take the first `n` blocks off the group's list."""
+    """Take the first blocks off the group's list, at most `n`."""
     taken = []
-    block = group.first.next_free_block
-    for _ in range(n):
+    block, end = group.first.next_free_block, group.last
+    while n and block is not end:
+        n -= 1
         taken.append(block)
         following = block.next_free_block
         block.prev_free_block = block.next_free_block = None

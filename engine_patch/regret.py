@@ -1,8 +1,7 @@
 """Evicted tokens that came back: how often an eviction was wrong, and how soon."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from operator import itemgetter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 WINDOWS_S = (60, 600)
@@ -12,16 +11,14 @@ _SAMPLED_BLOCKS = 16_384
 class EvictionLedger:
     """Remembers evicted blocks for ten minutes and counts those that are asked for again.
 
-    A pool larger than 16,384 blocks is sampled by some bits of the hash, always the same blocks,
-    and the counts are scaled up (spatial sampling: Waldspurger et al., SHARDS, FAST
-    2015). At most four samples of the pool are remembered; under a
+    Of a pool larger than 16,384 blocks every k-th block of a prompt is followed, always the same
+    ones, and the counts are scaled up. At most four samples of the pool are remembered; under a
     higher eviction rate the oldest are forgotten and the counts are a lower bound.
 
     Args:
         num_blocks: blocks of the pool.
-        tokens_per_block: tokens of a block.
+        tokens_per_block: tokens that one hash of a request stands for.
         key: what of a block's hash a request asks for (vLLM appends the KV cache group to it).
-        low_bits: evenly spread bits of a hash or key, at least eight; a hash of bytes' first one.
     """
 
     def __init__(
@@ -29,7 +26,6 @@ class EvictionLedger:
         num_blocks: int,
         tokens_per_block: int,
         key: Callable[[Any], Hashable] = lambda block_hash: block_hash,
-        low_bits: Callable[[Any], int] = itemgetter(0),
     ) -> None:
         self.scale = 1
         while num_blocks > self.scale * _SAMPLED_BLOCKS and self.scale < 256:
@@ -38,32 +34,28 @@ class EvictionLedger:
         self._capacity = 4 * max(num_blocks // self.scale, 1)
         self._tokens_per_block = tokens_per_block
         self._key = key
-        self._low_bits = low_bits
         self._evicted_at: OrderedDict[Hashable, float] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._evicted_at)
 
-    def record(self, hashes: Iterable[Any], now: float) -> None:
-        """Note the hashes of blocks given away; None for an uncached one."""
-        mask, key, evicted_at = self.scale - 1, self._key, self._evicted_at
-        low_bits = self._low_bits
-        for block_hash in hashes:
-            if block_hash is None or (mask and low_bits(block_hash) & mask):
-                continue
-            evicted_at[key(block_hash)] = now
+    def record(self, blocks: Iterable[Any], now: float) -> None:
+        """Note blocks that are given away; an uncached one has no `block_hash_num_tokens`."""
+        key, evicted_at = self._key, self._evicted_at
+        stride_tokens = self.scale * self._tokens_per_block
+        for block in blocks:
+            end = block.block_hash_num_tokens
+            if end and not end % stride_tokens:
+                evicted_at[key(block.block_hash)] = now
         while len(evicted_at) > self._capacity:
             evicted_at.popitem(last=False)
 
-    def asked(self, keys: Iterable[Any], now: float) -> None:
-        """Count what was evicted of a prompt's blocks (`keys`: hashes of all or of the missing)."""
-        evicted_at, mask = self._evicted_at, self.scale - 1
+    def asked(self, keys: Sequence[Any], now: float) -> None:
+        """Count what was evicted of a prompt's blocks (`keys`: their hashes, from its first)."""
+        evicted_at = self._evicted_at
         if not evicted_at:
             return
-        if mask:
-            low_bits = self._low_bits
-            keys = [key for key in keys if not low_bits(key) & mask]
-        for key in keys:
+        for key in keys[self.scale - 1 :: self.scale]:
             at = evicted_at.pop(key, None)
             if at is None:
                 continue

@@ -8,8 +8,8 @@ pod's use this same class.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from typing import Any, Protocol
 
 from engine_patch import metrics
 from engine_patch.hints import (
@@ -26,9 +26,12 @@ from engine_patch.queue import Block, ReuseAwareFreeQueue
 from engine_patch.regret import EvictionLedger
 from engine_patch.sessions import MAX_SESSIONS, SessionTable
 
-# The waiting queue is arranged when a request arrives and every so many steps, the less often
-# the longer it is.
-_STEPS_APART, _LONG_QUEUE = 4, 64
+# A waiting queue is arranged the less often the longer it is.
+_LONG_QUEUE = 128
+_TIDY_S = 5.0
+# A pod whose capabilities nobody has asked for, and to whom nobody has sent a hint, for so long
+# does not follow whose blocks are whose.
+ATTENTIVE_S = 600.0
 
 
 class Request(Protocol):
@@ -36,15 +39,11 @@ class Request(Protocol):
 
     request_id: str
     session_id: str | None
-    num_preemptions: int
 
     @property
     def num_tokens(self) -> int: ...
     @property
     def block_hashes(self) -> Sequence[Any]: ...
-
-
-R = TypeVar("R", bound=Request)
 
 
 class Reuse:
@@ -80,56 +79,63 @@ class Reuse:
         self._num_blocks = num_blocks
         self._is_cached = is_cached
         self._steps = 0
-        self._arrivals = False
+        self._tidy_at = float("-inf")
+        self._attentive_until = float("-inf")
         self._ordering_s = 0.0
 
     # --- the scheduler's events ---
 
-    def before_step(self, waiting: Collection[R]) -> list[R] | None:
-        """Set the time; the new order of the waiting requests, None to leave them as they are."""
+    def before_step(self, waiting: MutableSequence[Any]) -> None:
+        """Set the time and, while any hint lives, put the waiting requests in order."""
         now = self.queue.now = self.clock()
-        self.sessions.sweep(now)
+        if now >= self._tidy_at:
+            self._tidy_at = now + _TIDY_S
+            self.sessions.sweep(now)
+            self.ledger.expire(now)
         hinted = self.sessions.hinted(now)
         self.queue.ledger = self.ledger if hinted else None
         self._steps += 1
         if (
             self._is_cached is None
             or len(waiting) < 2
-            or not (self._arrivals or self._steps % _STEPS_APART == 0)
-            or self._steps % (1 + len(waiting) // (2 * _LONG_QUEUE))
             or not hinted
+            or not self.order.due(waiting, now)
+            or self._steps % (1 + len(waiting) // _LONG_QUEUE)
         ):
-            return None
-        self._arrivals = False
+            return
         started = time.perf_counter()
-        present = list(waiting)
-        arranged = self.order.arrange(present, now, self._missing_blocks, self._evictions, _resumed)
+        self.order.arrange(waiting, now, self._missing_blocks, self._evictions)
         self._ordering_s += time.perf_counter() - started
-        return arranged if arranged != present else None
 
     def after_step(self, request_ids: Iterable[str]) -> None:
-        """Note who was scheduled, and so admitted."""
-        if len(self.order):
-            self.order.admitted(request_ids, self.queue.now)
+        """Note who was admitted."""
+        now = self.queue.now
+        if self._is_cached is not None and self.sessions.hinted(now):
+            self.order.admitted(request_ids, now)
+        else:
+            for request_id in request_ids:
+                self.order.left(request_id)
 
-    def arrived(self, request: Request, asked: Iterable[Any]) -> None:
+    def arrived(self, request: Request, asked: Sequence[Any]) -> None:
         """A request waits; what it asks for again (`asked`: hashes) was evicted too early."""
         now = self.queue.now = self.clock()
         self.order.arrived(request.request_id, now)
-        self._arrivals = True
         self.ledger.asked(asked, now)
         if request.session_id:
             self.sessions.turn_arrived(request.session_id, now)
 
-    def freeing(self, request: Request, chains: Iterable[Iterable[Block]]) -> None:
+    def freeing(self, request: Request, chains: Iterable[Sequence[Block]]) -> None:
         """Blocks are about to be freed: the request ends or is preempted.
+
+        Whose they are is kept once hints are to be expected; before that it changes nothing.
 
         Args:
             request: their holder.
             chains: its blocks of each KV cache group, first to last.
         """
-        if request.session_id:
-            now = self.queue.now = self.clock()
+        now = self.clock()
+        if request.session_id and (now < self._attentive_until or self.sessions.hinted(now)):
+            self.queue.now = now
             for blocks in chains:
                 self.sessions.blocks_freed(request.session_id, blocks, now)
 
@@ -141,6 +147,7 @@ class Reuse:
 
     def hinted_with(self, request: Request, envelope: Envelope, actions: Parsed) -> None:
         """Hints that came in the body of a request that has just arrived."""
+        self._attentive_until = self.queue.now + ATTENTIVE_S
         self.hints.apply(envelope, actions, self.queue.now, request.session_id)
 
     # --- calls from the API server ---
@@ -148,6 +155,8 @@ class Reuse:
     def call(self, operation: str, argument: str = "") -> Any:
         """Answer one operation of `endpoints`, as plain data."""
         now = self.queue.now = self.clock()
+        if operation in ("hints", "capabilities"):
+            self._attentive_until = now + ATTENTIVE_S
         if operation == "hints":
             envelope, actions = parse(argument.encode())
             answers = self.hints.apply(envelope, actions, now)
@@ -180,28 +189,31 @@ class Reuse:
         """Blocks of the request that are not resident.
 
         Sessions shrink from their tail, so residency falls once along a chain and a binary
-        search finds where; an estimate for the order alone, the scheduler looks again at
-        admission.
+        search finds where, beginning at the end of the session's last turn; an estimate for the
+        order alone, the scheduler looks again at admission.
         """
         hashes, is_cached = request.block_hashes, self._is_cached
         assert is_cached is not None
         block_size = self.queue.tokens_per_block
         low, high = 0, min(len(hashes), request.num_tokens // block_size)
+        session = self.sessions.get(request.session_id) if request.session_id else None
+        middle = min(session.chain_blocks, high) - 1 if session is not None else -1
+        step = 1
         while low < high:
-            middle = (low + high) // 2
+            if not low <= middle < high:
+                middle = (low + high) // 2
             if is_cached(hashes[middle]):
                 low = middle + 1
+                middle += step
             else:
                 high = middle
+                middle -= step
+            step *= 8
         return -(-request.num_tokens // block_size) - low
 
     def _evictions(self, request: Request) -> int:
         session = self.sessions.get(request.session_id) if request.session_id else None
         return session.evicted_blocks if session is not None else 0
-
-
-def _resumed(request: Request) -> bool:
-    return bool(request.num_preemptions)
 
 
 def _answer(answer: Answer) -> dict[str, Any]:

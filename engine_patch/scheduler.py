@@ -5,11 +5,12 @@ Launch vLLM with `--scheduler-cls engine_patch.scheduler.ReuseAwareScheduler`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from engine_patch import vllm_seam
 
@@ -58,9 +59,10 @@ class _ReuseAware:
         reuse = self._reuse
         if reuse is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        reuse.arrange_waiting()
+        reuse.before_step(self.waiting)  # type: ignore[attr-defined]
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        reuse.after_step(output.num_scheduled_tokens)
+        if output.scheduled_new_reqs:
+            reuse.after_step([request.req_id for request in output.scheduled_new_reqs])
         return output
 
     def add_request(self, request: Request) -> None:
@@ -83,8 +85,8 @@ class _ReuseAware:
     def cachewise(self, operation: str, argument: str) -> str:
         """The engine core's utility call: JSON in, JSON out (see `endpoints`)."""
         if self._reuse is None:
-            return json.dumps({"active": False})
-        return json.dumps(self._reuse.call(operation, argument))
+            return _json({"active": False})
+        return _json(self._reuse.call(operation, argument))
 
 
 class VllmReuse(Reuse):
@@ -117,7 +119,7 @@ class VllmReuse(Reuse):
 
         super().__init__(
             queue,
-            EvictionLedger(pool.num_gpu_blocks, scheduler.block_size, get_block_hash),
+            EvictionLedger(pool.num_gpu_blocks, scheduler.hash_block_size, get_block_hash),
             num_blocks=pool.num_gpu_blocks,
             is_cached=is_cached if self._stock_order is None else None,
             max_sessions=int(os.environ.get("CACHEWISE_MAX_SESSIONS", MAX_SESSIONS)),
@@ -129,14 +131,6 @@ class VllmReuse(Reuse):
         if self._stock_order is None:
             return "reuse-aware eviction and waiting order"
         return f"reuse-aware eviction; the waiting order stays stock's ({self._stock_order})"
-
-    def arrange_waiting(self) -> None:
-        """A step begins: set the time and, while any hint lives, arrange the waiting queue."""
-        waiting = self._scheduler.waiting
-        arranged = self.before_step(waiting)
-        if arranged is not None:
-            waiting.clear()
-            waiting.extend(arranged)
 
     def free(self, request: Request) -> None:
         """A request's blocks are about to be freed, at its end or because it is preempted."""
@@ -165,6 +159,10 @@ class VllmReuse(Reuse):
             logger.warning("kv_hints of request %s ignored: %s", request.request_id, error)
             return
         self.hinted_with(request, envelope, actions)
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _then(first: Callable[[], bool], then: Callable[[], None]) -> Callable[[], bool]:

@@ -6,7 +6,7 @@ Time is given by the caller (`now`, seconds of any monotonic clock, the same one
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -56,30 +56,34 @@ class Session:
     hinted: bool = False
     seen_at: float = float("-inf")
     evicted_blocks: int = 0
+    chain_blocks: int = 0  # of its last turn: where to look for the end of what is resident
     groups: set[Group] = field(default_factory=set)
     superseded: Group | None = None
     turn_stamp: int = 0
     continued: bool = False
     rate: float | None = None
+    refreshed_at: float = float("-inf")
     refresh_at: float = float("-inf")
 
     def refresh(self, now: float) -> None:
         """Set `rate` for `now`; None means no live hint: the blocks age as in stock vLLM.
 
-        A rate stands until a twentieth has been added to the time waited.
+        A rate stands until an eighth has been added to the time waited.
         """
         if now < self.refresh_at:
             return
-        if self.retentions and all(r.until_s <= now for r in self.retentions):
-            self.retentions = ()
+        if self.retentions:
+            self.retentions = tuple(r for r in self.retentions if r.until_s > now)
         if self.forecast is not None and self.lapses_at <= now:
             self.forecast = self.idle_kind = None
+        self.refreshed_at = now
+        self.refresh_at = min((r.until_s for r in self.retentions), default=float("inf"))
         if self.open_turns:
             self.rate = OPEN_TURN_RATE if self.hinted else None
         elif self.forecast is not None:
             elapsed_s = now - self.idle_since
             self.rate = self.forecast.reuse_rate(elapsed_s)
-            self.refresh_at = min(now + elapsed_s / 20, self.lapses_at)
+            self.refresh_at = min(now + elapsed_s / 8, self.lapses_at, self.refresh_at)
         else:
             self.rate = None
 
@@ -106,14 +110,14 @@ class Session:
 class SessionTable:
     """Every session of the pod, at most `max_sessions`, the longest unseen forgotten first.
 
-    It is the only writer of a session's state and tells the queue of each change.
+    It is the only writer of a session's state. The queue is told at once of a turn that arrives,
+    whose blocks are to be kept; what a turn's end or a hint changes waits for the next rescore.
     """
 
     def __init__(self, queue: ReuseAwareFreeQueue, max_sessions: int = MAX_SESSIONS) -> None:
         self.queue = queue
         self.max_sessions = max_sessions
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._swept_at = float("-inf")
         self._hinted_until = float("-inf")
 
     def hinted(self, now: float) -> bool:
@@ -138,11 +142,14 @@ class SessionTable:
         session.open_turns += 1
         session.arrived_at = now
         session.forecast = session.idle_kind = None
-        self._changed(session, now)
+        session.refresh_at = float("-inf")
+        session.refresh(now)
+        self.queue.reclassify(session)
 
-    def blocks_freed(self, key: str, blocks: Iterable[Block], now: float) -> None:
+    def blocks_freed(self, key: str, blocks: Sequence[Block], now: float) -> None:
         """Call before a request's cached blocks (first to last) go back to the free queue."""
         session = self._see(key, now)
+        session.chain_blocks = len(blocks)
         self.queue.adopt(session, blocks)
 
     def turn_finished(self, key: str, now: float) -> None:
@@ -152,9 +159,9 @@ class SessionTable:
             return
         session.open_turns = max(session.open_turns - 1, 0)
         session.idle_since = session.seen_at = now
+        session.refresh_at = float("-inf")
         if session.hinted and not session.open_turns:
             self.queue.supersede(session)
-        self._changed(session, now)
 
     def forecast(
         self, key: str, idle_kind: IdleKind, forecast: Forecast, elapsed_s: float, now: float
@@ -173,8 +180,8 @@ class SessionTable:
         session.idle_kind = idle_kind
         session.idle_since = now - elapsed_s
         session.lapses_at = now + min(max(2 * forecast.last_s, MIN_LAPSE_S), MAX_LAPSE_S)
+        session.refresh_at = float("-inf")
         self._hinted_until = max(self._hinted_until, session.lapses_at)
-        self._changed(session, now)
         return None
 
     def retain(self, key: str, retentions: tuple[Retention, ...], now: float) -> None:
@@ -182,15 +189,13 @@ class SessionTable:
         session = self._see(key, now)
         session.hinted = True
         session.retentions = retentions
+        session.refresh_at = float("-inf")
         self._hinted_until = max(self._hinted_until, *(r.until_s for r in retentions))
-        self._changed(session, now)
 
-    def sweep(self, now: float, every_s: float = 1.0) -> None:
-        """Forget sessions that have neither blocks, nor a turn, nor a live hint."""
-        if now - self._swept_at < every_s:
-            return
-        self._swept_at = now
-        for session in list(self._sessions.values()):
+    def sweep(self, now: float) -> None:
+        """Forget sessions that have neither blocks, nor a turn, nor a live hint. O(sessions)."""
+        idle = [s for s in self._sessions.values() if not s.open_turns and not s.groups]
+        for session in idle:
             session.refresh(now)
             if not session.live:
                 del self._sessions[session.key]
@@ -212,8 +217,3 @@ class SessionTable:
         victim = next(idle, None) or next(iter(self._sessions.values()))
         self.queue.disown(victim)
         del self._sessions[victim.key]
-
-    def _changed(self, session: Session, now: float) -> None:
-        session.refresh_at = float("-inf")
-        session.refresh(now)
-        self.queue.reclassify(session)

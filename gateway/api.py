@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from math import inf
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.access import Unauthorized
+from gateway.admission import Book
 from gateway.errors import Dialect, GatewayError, render
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway
@@ -108,7 +110,55 @@ class Api:
 
     async def pods(self, request: Request) -> Response:
         """The pods: health, models, capabilities, load, what their caches are believed to hold."""
-        return json_response({"object": "list", "data": [_pod(pod) for pod in self.gateway.fleet]})
+        data = [self._pod(pod) for pod in self.gateway.fleet]
+        return json_response({"object": "list", "data": data})
+
+    async def drain(self, request: Request) -> Response:
+        """POST: give the pod no more turns; its sessions move at their next one. DELETE: again."""
+        pod = self.gateway.fleet.pods.get(request.path_params["name"])
+        if pod is None:
+            return error_response(
+                GatewayError(404, "pod_not_found", "No pod of this name is configured.")
+            )
+        self.gateway.fleet.drain(pod, request.method == "POST")
+        return json_response(self._pod(pod))
+
+    def _pod(self, pod: Pod) -> dict[str, Any]:
+        book = self.gateway.loop.admission.books.get(pod.name)
+        return _pod(pod) | {
+            "queued_hints": self.gateway.loop.hints.queued(pod.name),
+            "admission": _book(book) if book is not None else None,
+        }
+
+    def _place(self, sid: str) -> dict[str, Any] | None:
+        found = self.gateway.loop.admission.place_of(sid)
+        if found is None:
+            return None
+        pod, place = found
+        return {
+            "pod": pod.name,
+            "lane": place.ask.lane,
+            "tokens": place.tokens,
+            "since": self._time(place.since),
+        }
+
+    def _held(self, sid: str, now: float) -> dict[str, Any] | None:
+        admission = self.gateway.loop.admission
+        ticket = next((t for t in admission.held if t.ask.arrival.sid == sid), None)
+        if ticket is None:
+            return None
+        book = admission.books.get(ticket.decision.pod.name)
+        claimed = book is not None and book.claim not in (None, ticket)
+        return {
+            "since": self._time(ticket.arrived_at),
+            "seconds": round(now - ticket.arrived_at, 3),
+            "reason": "no_pod" if book is None else "after_a_due_turn" if claimed else "no_room",
+            "soonest_at": ticket.decision.pod.name,
+            "tokens": ticket.ask.tokens,
+            "expected_wait_seconds": round(ticket.expected_wait_s, 3),
+            "priority": ticket.ask.priority,
+            "due": now >= ticket.due_at,
+        }
 
     def _time(self, monotonic_s: float | None) -> str | None:
         if monotonic_s is None:
@@ -176,7 +226,22 @@ class Api:
             "prefix_breaks": session.breaks,
             "prefix_lost_tokens": session.lost_tokens,
             "last_gap": self._gap(session.gaps[-1]) if session.gaps else None,
+            "place": self._place(session.sid),
+            "held": self._held(session.sid, now) if session.in_flight else None,
         }
+
+
+def _book(book: Book) -> dict[str, Any]:
+    known = book.budget_tokens < inf
+    return {
+        "sessions": len(book.places),
+        "tokens": book.tokens,
+        "aside_tokens": book.aside_tokens,
+        "budget_tokens": round(book.budget_tokens) if known else None,
+        "reserve": round(book.reserve, 4),
+        "regret": round(book.regret, 4),
+        "hold_horizon_seconds": round(book.horizon_s, 3) if known else None,
+    }
 
 
 def _pod(pod: Pod) -> dict[str, Any]:

@@ -231,9 +231,19 @@ class _Protocol(HttpToolsProtocol):
         pass
 
 
+class _Server(uvicorn.Server):
+    """Tells the gateway first that it shuts down: held turns would keep it from doing so."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app_gateway = getattr(getattr(self.config.app, "state", None), "gateway", None)
+        if app_gateway is not None:
+            app_gateway.shut_down()
+        await super().shutdown(sockets)
+
+
 def server(settings: Settings, asgi_app: Any) -> uvicorn.Server:
     """uvicorn, set up for `asgi_app`; its logs go where the gateway's go."""
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             asgi_app,
             loop="uvloop",

@@ -78,6 +78,7 @@ def _allowed(text: str) -> dict[str, Any]:
 
 Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
+Weight: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
@@ -151,6 +152,37 @@ class RoutingSettings(_Model):
         "expected_ttft"
     )
     """How a pod is chosen: least expected seconds to the first token, or one of three baselines."""
+
+
+class AdmissionSettings(_Model):
+    mode: Literal["enforce", "observe", "off"] = "enforce"
+    """`enforce` holds turns that do not fit a pod's KV cache; a pod whose capacity is not known
+    holds none. `observe` holds nothing and reports what it would have done. `off` only routes."""
+    max_held: Count = 1_000
+    """Turns held at once; more are answered 429."""
+    max_hold_s: Seconds = 270.0
+    """Longest hold of a turn that streams."""
+    max_hold_unstreamed_s: Seconds = 120.0
+    """Longest hold of a turn that does not stream."""
+    heartbeat_s: Seconds = 10.0
+    """Time between two comments in the stream of a held turn; the first comes after half of it."""
+    age_bound_s: Seconds = 60.0
+    """A turn may be held this long beyond its fair share; then no other passes it."""
+    tenant_weights: Annotated[dict[str, Weight], BeforeValidator(_split_pairs)] = Field(
+        default={}, json_schema_extra=_allowed("TENANT=NUMBER[,TENANT=NUMBER…], a NUMBER > 0")
+    )
+    """Shares of the pods between tenants whose turns wait; a tenant not named has 1."""
+
+
+class HintSettings(_Model):
+    enabled: bool = True
+    """Tell pods that take hints when sessions are expected back."""
+    token: SecretStr | None = None
+    """Sent to pods as `X-Kv-Hints-Token`."""
+    trusted_tenants: Annotated[tuple[str, ...], BeforeValidator(_split_list)] = Field(
+        default=(), json_schema_extra=_allowed("TENANT[,TENANT…]")
+    )
+    """Tenants whose own hints reach the pods; those of all others are taken out."""
 
 
 class RelaySettings(_Model):
@@ -363,6 +395,8 @@ class Settings(BaseSettings):
     models: ModelSettings = ModelSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
     routing: RoutingSettings = RoutingSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    hints: HintSettings = HintSettings()
     relay: RelaySettings = RelaySettings()
     sessions: SessionSettings = SessionSettings()
     forecast: ForecastSettings = ForecastSettings()
@@ -479,8 +513,9 @@ def allowed(field: FieldInfo) -> str:
 def shown(value: Any, field: FieldInfo) -> str:
     """A value as `cachewise config show` and the reference write it; secrets are masked."""
     if isinstance(value, tuple | dict) and value and not is_secret(field):
-        items = value.items() if isinstance(value, dict) else ((pod.url,) for pod in value)
-        return ",".join("=".join(item) for item in items)
+        if isinstance(value, dict):
+            return ",".join(f"{key}={item}" for key, item in value.items())
+        return ",".join(item.url if isinstance(item, PodSettings) else item for item in value)
     if value is None or value == () or value == {}:
         return "-"
     if is_secret(field):

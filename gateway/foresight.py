@@ -13,6 +13,7 @@ from typing import Final
 
 from gateway.config import ForecastSettings
 from gateway.dialects.turn import ToolCall
+from gateway.idle import IdleKind
 from gateway.metrics import Metrics
 from gateway.predictor import Context, Forecast, Predictor
 from gateway.predictor.calibration import below, label_of
@@ -41,11 +42,12 @@ class Foresight:
         self._saved_at_observation = self.predictor.observed_total
         self._saving = asyncio.Lock()
 
-    def fell_idle(self, session: Session, calls: Sequence[ToolCall]) -> None:
-        """Forecast the gap that a turn's end has begun."""
+    def fell_idle(
+        self, session: Session, calls: Sequence[ToolCall], idle_kind: IdleKind
+    ) -> Forecast:
+        """Forecast the gap that begins with an answer's end, as soon as it is known what the answer
+        asks for."""
         session.forecast = None
-        if session.idle_kind is None or session.in_flight:
-            return
         usage = session.usage
         context = Context(
             session.key,
@@ -54,7 +56,8 @@ class Foresight:
             usage.prompt_tokens if usage else 0,
             session.last_failed,
         )
-        session.forecast = self.predictor.forecast(calls, session.idle_kind, context)
+        session.forecast = self.predictor.forecast(calls, idle_kind, context)
+        return session.forecast
 
     def came_back(
         self, session: Session, gap_s: float | None, headers: Mapping[bytes, bytes]

@@ -7,8 +7,9 @@ from functools import lru_cache
 from hashlib import blake2b
 
 from gateway.access import Access, Tenant
+from gateway.closed_loop import ClosedLoop
 from gateway.config import Settings
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, no_pod_ready
 from gateway.fleet.fleet import Fleet
 from gateway.foresight import Foresight
 from gateway.metrics import Metrics
@@ -32,10 +33,17 @@ class Gateway:
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
         self.foresight = Foresight(settings.forecast, self.metrics)
+        self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
+        self.trusted = frozenset(settings.hints.trusted_tenants)
         self.aliases = dict(settings.models.aliases)
         self.draining = False
-        self.turns_routed = 0
+        self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+
+    def shut_down(self) -> None:
+        """From now on turns are refused, held ones too; those that run go on."""
+        self.draining = True
+        self.loop.shut_down()
 
     def served_model(self, model: str) -> str:
         """The model that pods know for the name a client used. Raises `GatewayError` 404."""
@@ -46,9 +54,7 @@ class Gateway:
             return served
         known = sorted({name for pod in self.fleet for name in pod.models})
         if not known:
-            raise GatewayError(
-                503, "no_pod_ready", "No pod is ready yet; try again shortly.", retry_after_s=2
-            )
+            raise no_pod_ready(model)
         names = ", ".join(known[:8])
         if served is not None:
             raise GatewayError(

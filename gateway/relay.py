@@ -47,10 +47,11 @@ NOT_SENT_ON = HOP_BY_HOP | {
     b"x-cachewise-admin-token",
     b"x-cachewise-priority",
     b"x-cachewise-route",
+    b"x-kv-hints-token",
     b"x-session-id",
 }
 """Request headers the gateway answers for itself. Pods answer uncompressed, so that the observer
-can read; the body was decompressed; the session id is the gateway's own."""
+can read; the body was decompressed; the session id and the right to hint are the gateway's own."""
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
 
@@ -245,8 +246,10 @@ class Answer:
         extra: Sequence[tuple[bytes, bytes]] = (),
         observe: Callable[[bytes], None] | None = None,
         unobserved: Callable[[], None] | None = None,
+        begun: bool = False,
     ) -> None:
-        """Give the client the answer.
+        """Give the client the answer; with ``begun`` without its headers, as they went out while
+        the turn was held.
 
         ``observe`` sees a copy of each chunk; if it raises it is not called again, and
         ``unobserved`` is, once, within the handling of its exception. Raises `BrokenOffError` if
@@ -258,7 +261,8 @@ class Answer:
             drop |= {b"content-length"}  # an error event may have to follow
         headers = [(n, v) for n, v in raw_headers if n.lower() not in drop]
         headers.extend(extra)
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        if not begun:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
         chunk, self._first = self._first, b""
         if self.whole:
             await send({"type": "http.response.body", "body": chunk, "more_body": False})
@@ -290,6 +294,11 @@ class Answer:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})
+
+    @property
+    def body(self) -> bytes:
+        """All of an answer that is `whole`, else what has come of it."""
+        return self._first
 
     def close(self) -> None:
         """Give the connection back if the answer was read to its end, else cut it: the pod then

@@ -88,13 +88,33 @@ async def test_session_ids_are_sent_from_vllm_0_32_on(version: str, session_id: 
 
 
 async def test_a_pod_with_the_patch_takes_hints() -> None:
-    patched = {"/v1/kv_hints/capabilities": JSONResponse({"protocol_version": "1.0"})}
+    patched = {"/v1/kv_hints/capabilities": JSONResponse({"active": True})}
     assert (await Pod(patched).probed()).capabilities.kv_hints
 
 
-async def test_a_page_that_is_not_json_is_no_hints_endpoint() -> None:
-    catch_all = {"/v1/kv_hints/capabilities": PlainTextResponse("<html>")}
-    assert not (await Pod(catch_all).probed()).capabilities.kv_hints
+@pytest.mark.parametrize(
+    "body", [b'{"active": false}', b'{"active": 1}', b'{"detail": "no"}', b"[]", b"true", b"<html>"]
+)
+async def test_a_pod_that_does_not_say_that_its_patch_is_active_takes_no_hints(
+    body: bytes,
+) -> None:
+    answer = {"/v1/kv_hints/capabilities": Response(body)}
+    assert not (await Pod(answer).probed()).capabilities.kv_hints
+
+
+async def test_a_pod_late_to_tell_its_capabilities_is_asked_again() -> None:
+    patched = {"/v1/kv_hints/capabilities": JSONResponse({"active": True})}
+    busy = Pod(patched, hang="/v1/kv_hints/capabilities")
+    first = await busy.probed(timeout_s=0.2)
+    assert first.ready
+    assert not first.settled
+    assert not first.capabilities.kv_hints
+    second = await Pod(patched).probed(known=first)
+    assert second.settled
+    assert second.capabilities.kv_hints
+    third = Pod(patched)
+    assert (await third.probed(known=second)).capabilities == second.capabilities
+    assert len(third.seen) == 3
 
 
 async def test_an_embedded_pod_says_so_and_needs_no_version() -> None:

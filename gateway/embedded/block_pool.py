@@ -22,6 +22,7 @@ class KVCacheBlock:
     block_id: int
     ref_cnt: int = 0
     block_hash: int | None = None
+    block_hash_num_tokens: int | None = None
     prev_free_block: KVCacheBlock | None = None
     next_free_block: KVCacheBlock | None = None
     is_null: bool = False
@@ -112,10 +113,14 @@ class BlockPool:
             block.ref_cnt = 1
         return blocks
 
-    def cache(self, blocks: Sequence[KVCacheBlock], block_hashes: Sequence[int]) -> None:
-        """Make full blocks findable by their hashes."""
-        for block, block_hash in zip(blocks, block_hashes, strict=True):
+    def cache(
+        self, blocks: Sequence[KVCacheBlock], block_hashes: Sequence[int], first: int, end: int
+    ) -> None:
+        """Make the full blocks `[first, end)` of a prompt findable by their hashes."""
+        for i in range(first, end):
+            block, block_hash = blocks[i], block_hashes[i]
             block.block_hash = block_hash
+            block.block_hash_num_tokens = (i + 1) * self.free_queue.tokens_per_block
             self._cached.setdefault(block_hash, {})[block.block_id] = block
 
     def free(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -139,4 +144,4 @@ class BlockPool:
         del same[block.block_id]
         if not same:
             del self._cached[block.block_hash]
-        block.block_hash = None
+        block.block_hash = block.block_hash_num_tokens = None

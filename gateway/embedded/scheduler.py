@@ -110,7 +110,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks, size, config.hardware.width)
         self.reuse = Reuse(
             self.pool.free_queue,
-            EvictionLedger(num_blocks, size, low_bits=int),
+            EvictionLedger(num_blocks, size),
             num_blocks=num_blocks,
             is_cached=self.pool.is_cached,
             clock=clock,
@@ -153,9 +153,9 @@ class Scheduler:
         Where only decodes run, one step stands for as many iterations as fit in `horizon_s`
         (at least one), so that a long answer costs few wake-ups.
         """
-        arranged: list[Request] | None = self.reuse.before_step(self.waiting)
-        if arranged is not None:
-            self.waiting = deque(arranged)
+        first = self.waiting[0] if self.waiting else None
+        self.reuse.before_step(self.waiting)
+        if self.waiting and self.waiting[0] is not first:
             self._free_blocks_at_refusal = None
         scheduled = self._schedule_running()
         self._schedule_waiting(scheduled)
@@ -274,8 +274,7 @@ class Scheduler:
             request.blocks += self.pool.allocate(missing)
         full = tokens // size
         if full > request.cached_blocks:
-            new = slice(request.cached_blocks, full)
-            self.pool.cache(request.blocks[new], request.block_hashes[new])
+            self.pool.cache(request.blocks, request.block_hashes, request.cached_blocks, full)
             request.cached_blocks = full
         return True
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import httpx
 
@@ -14,6 +15,8 @@ from gateway.fleet.pod import Pod
 from gateway.fleet.probe import ProbeResult, probe
 
 logger = logging.getLogger("gateway.fleet")
+
+Event = Literal["ready", "lost", "restarted", "capacity", "draining"]
 
 
 class Fleet:
@@ -25,6 +28,8 @@ class Fleet:
         self.settings = settings
         self.pod_api_key = pod_api_key
         self.pods: dict[str, Pod] = {}
+        self.changed: Callable[[Pod, Event], None] = lambda pod, event: None
+        """Called after a pod's state has changed."""
         for pod in pods:
             self.add(pod)
 
@@ -104,20 +109,36 @@ class Fleet:
             if before is None or warning not in before.warnings:
                 logger.warning("pod %s: %s", pod.name, warning)
         if result.load is not None:
+            capacity_tokens = pod.residency.capacity_tokens
             pod.residency.set_capacity(result.load.capacity_tokens)
+            if pod.ready and pod.residency.capacity_tokens != capacity_tokens:
+                self.changed(pod, "capacity")
         if before is not None and _restarted(before, result):
             logger.warning("pod %s has restarted: its cache is empty", pod.name)
             pod.residency.clear()
             pod.probed = None  # the next probe asks for version and capabilities anew
+            self.changed(pod, "restarted")
         if not pod.ready:
             pod.ready = True
             logger.info("pod %s is ready: %s", pod.name, ", ".join(pod.models))
+            self.changed(pod, "ready")
 
     def lost(self, pod: Pod, reason: str) -> None:
         """The pod does not answer: no turn goes there until a probe finds it well again."""
         if pod.ready:
             logger.warning("pod %s is lost: %s", pod.name, reason)
-        pod.ready = False
+            pod.ready = False
+            self.changed(pod, "lost")
+
+    def drain(self, pod: Pod, draining: bool) -> None:
+        """Give the pod no more turns; those it has go on. Or, with ``draining`` off, again."""
+        if pod.draining != draining:
+            pod.draining = draining
+            logger.info("pod %s is %s", pod.name, "draining" if draining else "in use again")
+            if draining:
+                self.changed(pod, "draining")
+            elif pod.ready:
+                self.changed(pod, "ready")
 
 
 def _restarted(before: ProbeResult, now: ProbeResult) -> bool:

@@ -47,7 +47,7 @@ class Capabilities:
     session_id: bool = False
     """The engine sees `X-Session-ID`."""
     kv_hints: bool = False
-    """The pod takes `POST /v1/kv_hints`."""
+    """The pod takes `POST /v1/kv_hints` and acts on it."""
     embedded: bool = False
     """An embedded pod, not vLLM."""
 
@@ -65,6 +65,8 @@ class ProbeResult:
     warnings: tuple[str, ...] = ()
     """What the pod lacks although it is usable; equal from probe to probe, so log changes only."""
     error: ProbeError | None = None
+    settled: bool = True
+    """Whether version and capabilities were answered; if not, the next probe asks again."""
 
 
 async def probe(
@@ -76,15 +78,15 @@ async def probe(
 ) -> ProbeResult:
     """Probe the pod at `url` (no path); every request has `timeout_s` and all run at once.
 
-    Ready is `/health` and `/v1/models` both well. A ready result given as `known` spares the
-    questions whose answers only a restart can change. Raises nothing but cancellation.
+    Ready is `/health` and `/v1/models` both well. A ready and settled result given as `known`
+    spares the questions whose answers only a restart can change. Raises nothing but cancellation.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def get(path: str) -> httpx.Response | ProbeError:
         return await _get(client, url + path, path, headers, timeout_s)
 
-    new = known is None or not known.ready
+    new = known is None or not known.ready or not known.settled
     paths = ["/health", "/v1/models", "/metrics"]
     if new:
         paths += ["/version", "/v1/kv_hints/capabilities"]
@@ -100,9 +102,10 @@ async def probe(
     if new:
         version = _version(answers["/version"])
         capabilities = _capabilities(health, version, answers["/v1/kv_hints/capabilities"])
+        settled = not any(_unheard(answers[path]) for path in paths[3:])
     else:
         assert known is not None
-        version, capabilities = known.version, known.capabilities
+        version, capabilities, settled = known.version, known.capabilities, True
 
     warnings: list[str] = []
     if version is None and not capabilities.embedded:
@@ -115,6 +118,7 @@ async def probe(
         capabilities=capabilities,
         load=load,
         warnings=(*warnings, *about_load),
+        settled=settled,
     )
 
 
@@ -131,6 +135,14 @@ async def _get(
     if response.status_code != httpx.codes.OK:
         return ProbeError(Failure.BAD_STATUS, path, str(response.status_code))
     return response
+
+
+def _unheard(answer: httpx.Response | ProbeError) -> bool:
+    """A pod in a long step may be late with an answer; that is none."""
+    return isinstance(answer, ProbeError) and answer.failure in (
+        Failure.TIMEOUT,
+        Failure.UNREACHABLE,
+    )
 
 
 def _json(answer: httpx.Response | ProbeError, path: str) -> Any | ProbeError:
@@ -171,9 +183,8 @@ def _capabilities(
     series = re.match(r"v?(\d+)\.(\d+)", version or "")
     since = series is not None and (int(series[1]), int(series[2])) >= SESSION_ID_SINCE
     hints = _json(kv_hints, "/v1/kv_hints/capabilities")
-    return Capabilities(
-        session_id=embedded or since, kv_hints=isinstance(hints, dict), embedded=embedded
-    )
+    active = isinstance(hints, dict) and hints.get("active") is True
+    return Capabilities(session_id=embedded or since, kv_hints=active, embedded=embedded)
 
 
 def _load(answer: httpx.Response | ProbeError) -> tuple[PodLoad | None, tuple[str, ...]]:

@@ -45,7 +45,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.evicted_cached_blocks - evicted_before == len(evicted)
         del self.free_ids[:missing]
         full = new[: max(0, min(cached, length) - len(hit))]  # the rest stays a partial block
-        self.pool.cache(full, chain[len(hit) : len(hit) + len(full)])
+        self.pool.cache(hit + new, chain, len(hit), len(hit) + len(full))
         self.hash_of.update((b.block_id, b.block_hash) for b in full if b.block_hash is not None)
         self.held.append(hit + new)
 

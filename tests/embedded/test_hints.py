@@ -46,6 +46,7 @@ class Pod:
         tokens = capacity_blocks * BLOCK
         config = EngineConfig(BLOCK, tokens, tokens, max_num_batched_tokens=16)
         self.scheduler = Scheduler(config, clock=lambda: self.now)
+        self.scheduler.reuse.call("capabilities")  # as a gateway does that will send hints
 
     def request(
         self, name: str, tokens: int, output: int = BLOCK, session: str | None = None
@@ -257,7 +258,7 @@ class HintedPod(RuleBasedStateMachine):
         pod.now += 100_000
         for name in "xyz":  # strangers take every block
             pod.turn(name, 76, anonymous=True)
-        pod.now += 1
+        pod.now += 10
         pod.turn("z", 1, anonymous=True)
         assert len(reuse.sessions) == 0
         assert list(reuse.queue.groups()) == []
@@ -290,6 +291,7 @@ async def test_the_gateways_probe_sees_that_the_pod_takes_hints(
 async def test_a_hint_is_answered_and_shows_in_sessions_and_metrics(
     client: httpx.AsyncClient,
 ) -> None:
+    await client.get("/v1/kv_hints/capabilities")
     await client.post("/v1/chat/completions", json=HELLO | {"session_id": "s"})
     message = envelope("s", 60.0)
     answer = await client.post("/v1/kv_hints", json=message)

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,7 @@ from tests.engine import tiny_model
 MODEL = "tiny"
 BLOCK_SIZE_TOKENS = 32
 NUM_BLOCKS = 2 * tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 15.0
 
 
@@ -33,13 +33,28 @@ class VllmPod:
 
 
 @contextlib.contextmanager
-def running(model: Path, count: int, extra_flags: Sequence[str] = ()) -> Iterator[list[VllmPod]]:
+def running(model: Path, count: int) -> Iterator[list[VllmPod]]:
     """`count` ready vLLM servers of the model in `model`; none is left behind."""
+    with running_each(model, [Launch()] * count) as pods:
+        yield pods
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one server has beside the flags of all."""
+
+    flags: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def running_each(model: Path, launches: Sequence[Launch]) -> Iterator[list[VllmPod]]:
+    """A ready vLLM server for each of `launches`; none is left behind."""
     pods: list[VllmPod] = []
     try:
-        for number in range(count):
+        for number, launch in enumerate(launches):
             log = model.parent / f"pod-{number}.log"
-            pods.append(_spawn(model, log, extra_flags))
+            pods.append(_spawn(model, log, launch))
         deadline = time.monotonic() + START_TIMEOUT_S
         for pod in pods:
             _wait_until_ready(pod, deadline)
@@ -54,7 +69,7 @@ def running(model: Path, count: int, extra_flags: Sequence[str] = ()) -> Iterato
             pod.process.wait()
 
 
-def _spawn(model: Path, log: Path, extra_flags: Sequence[str]) -> VllmPod:
+def _spawn(model: Path, log: Path, launch: Launch) -> VllmPod:
     port = _free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -72,7 +87,7 @@ def _spawn(model: Path, log: Path, extra_flags: Sequence[str]) -> VllmPod:
             "--structured-outputs-config",
             '{"backend": "xgrammar", "disable_any_whitespace": true}',
         ),
-        *extra_flags,
+        *launch.flags,
     ]
     environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}
     environment |= {
@@ -84,6 +99,7 @@ def _spawn(model: Path, log: Path, extra_flags: Sequence[str]) -> VllmPod:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        **launch.environment,
     }
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -123,13 +123,14 @@ def play(client: httpx.Client, turns: list[Turn], hints: bool) -> Result:
 
 
 def samples(client: httpx.Client, name: str) -> dict[str, float]:
-    """Values of one metric by its last label, engine 0."""
-    found = {}
+    """Values of one metric by its last label, summed over the others, engine 0."""
+    found: dict[str, float] = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:
             if sample.name == name and sample.labels.get("engine", "0") == "0":
                 labels = [v for k, v in sample.labels.items() if k != "engine"]
-                found[labels[-1] if labels else ""] = sample.value
+                key = labels[-1] if labels else ""
+                found[key] = found.get(key, 0) + sample.value
     return found
 
 

@@ -1,40 +1,84 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 
 from engine_patch.command import launch_command
 
-PATCH_FLAGS = ("--scheduler-cls", "--middleware")
+SMALL = ("--num-gpu-blocks-override", "600", "--max-model-len", "16384")
+API_KEY, HINTS_TOKEN = "the-api-key", "the-hints-token"
 
 
-def patch_flags() -> list[str]:
-    """The two flags of the launch line, as the command prints them."""
+def patch_flags(*flags: str) -> list[str]:
+    """The patch's flags of the launch line, as the command prints them."""
     command = launch_command("model")
-    return [part for flag in PATCH_FLAGS for part in command[command.index(flag) :][:2]]
+    chosen = flags or ("--scheduler-cls", "--middleware")
+    return [part for flag in chosen for part in command[command.index(flag) :][:2]]
 
 
-@pytest.fixture(scope="session")
-def stock_and_patched(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[httpx.Client, httpx.Client, httpx.Client]]:
-    """Three real vLLM servers with 600 blocks of 32: stock, patched, and patched again."""
+@dataclass(frozen=True)
+class Pod:
+    """A real vLLM server with 600 blocks of 32."""
+
+    client: httpx.Client
+    log: Path
+
+    def logged(self, text: str) -> int:
+        """How often the server has logged it."""
+        return self.log.read_text(errors="replace").count(text)
+
+
+@contextlib.contextmanager
+def small_pods(directory: Path, launches: Sequence[object]) -> Iterator[list[Pod]]:
+    """One server for each of `launches` (see `tests.engine.pods.Launch`)."""
     from tests.engine import pods, tiny_model
 
-    small = ["--num-gpu-blocks-override", "600", "--max-model-len", "16384"]
+    model = tiny_model.write(directory / "tiny-qwen2")
     with contextlib.ExitStack() as stack:
-        clients = []
-        for name, flags in (
-            ("stock", small),
-            ("patched", small + patch_flags()),
-            ("hinted", small + patch_flags()),
-        ):
-            directory = tmp_path_factory.mktemp(name)
-            model = tiny_model.write(directory / "tiny-qwen2")
-            (pod,) = stack.enter_context(pods.running(model, 1, flags))
-            client = httpx.Client(base_url=pod.url, timeout=60, trust_env=False)
-            clients.append(stack.enter_context(client))
-        yield clients[0], clients[1], clients[2]
+        servers = stack.enter_context(pods.running_each(model, launches))  # type: ignore[arg-type]
+        clients = [httpx.Client(base_url=s.url, timeout=60, trust_env=False) for s in servers]
+        yield [
+            Pod(stack.enter_context(client), server.log)
+            for client, server in zip(clients, servers, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Pods:
+    """Started together, for all tests of the module."""
+
+    stock: Pod
+    """vLLM's own scheduler behind the middleware."""
+    patched: Pod
+    guarded: Pod
+    """Patched, with an API key and a hints token."""
+
+
+@pytest.fixture(scope="module")
+def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+    from tests.engine.pods import Launch
+
+    launches = [
+        Launch([*SMALL, *patch_flags("--middleware")], {"VLLM_SERVER_DEV_MODE": "1"}),
+        Launch([*SMALL, *patch_flags()], {"VLLM_SERVER_DEV_MODE": "1"}),
+        Launch(
+            [*SMALL, *patch_flags(), "--api-key", API_KEY], {"CACHEWISE_HINTS_TOKEN": HINTS_TOKEN}
+        ),
+    ]
+    with small_pods(tmp_path_factory.mktemp("pods"), launches) as started:
+        yield Pods(*started)
+
+
+@pytest.fixture(scope="module")
+def switched_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
+    """The patch's launch line with `CACHEWISE_PATCH=off`."""
+    from tests.engine.pods import Launch
+
+    launch = Launch([*SMALL, *patch_flags()], {"CACHEWISE_PATCH": "off"})
+    with small_pods(tmp_path_factory.mktemp("off"), [launch]) as (pod,):
+        yield pod

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engine_patch.queue import ReuseAwareFreeQueue, _walk
+from engine_patch.sessions import SessionTable
+
+TOKENS_PER_BLOCK = 16
+
 
 @dataclass(eq=False, slots=True)
 class PlainBlock:
@@ -13,6 +18,7 @@ class PlainBlock:
     block_id: int
     ref_cnt: int = 0
     block_hash: Any = None
+    block_hash_num_tokens: int | None = None
     prev_free_block: Any = None
     next_free_block: Any = None
     is_null: bool = False
@@ -43,7 +49,7 @@ class Pool:
                 self.queue.remove(block)
             block.ref_cnt += 1
         fresh = self.queue.popleft_n(len(names) - len(hits))
-        for block, name in zip(fresh, names[len(hits) :], strict=True):
+        for i, (block, name) in enumerate(zip(fresh, names[len(hits) :], strict=True), len(hits)):
             assert block.ref_cnt == 0
             if block.block_hash is not None:
                 self.evicted.append(block.block_hash)
@@ -51,6 +57,7 @@ class Pool:
             block.ref_cnt = 1
             if name is not None:
                 block.block_hash = name
+                block.block_hash_num_tokens = (i + 1) * TOKENS_PER_BLOCK
                 self.cached[name] = block
         return hits + fresh
 
@@ -68,4 +75,30 @@ class Pool:
         """The block's content is gone or invalid; another of the same name may remain."""
         if self.cached.get(block.block_hash) is block:
             del self.cached[block.block_hash]
-        block.block_hash = None
+        block.block_hash = block.block_hash_num_tokens = None
+
+
+def check_owners(queue: ReuseAwareFreeQueue, sessions: SessionTable, free: list[Any]) -> None:
+    """Groups, the blocks in them and the sessions that own them say the same."""
+    group_of = [run and run.group for run in queue._run]
+    owned = [g for g in group_of if g is not None and g is not queue._anonymous]
+    assert set(owned) == set(queue.groups())
+    for group in queue.groups():
+        assert group.size == owned.count(group) > 0
+        listed = {b.block_id for b in free if group_of[b.block_id] is group}
+        assert listed == {b.block_id for b in _walk(group)}
+        for session in group.members:
+            assert group in session.groups
+            assert sessions.get(session.key) is session
+    for session in sessions:
+        assert session.groups <= set(queue.groups())
+
+
+def check_no_owners(queue: ReuseAwareFreeQueue) -> None:
+    """Nothing is left of any session."""
+    assert not queue._groups
+    assert not queue._by_members
+    assert not queue._lru
+    assert not queue._scored
+    assert queue._giving is None
+    assert all(run is None or run.group is queue._anonymous for run in queue._run)

@@ -13,7 +13,6 @@ class Waiter:
     request_id: str
     missing: int
     evictions: int = 0
-    resumed: bool = False
     counted: int = 0
 
 
@@ -22,14 +21,16 @@ def arrange(order: WaitingOrder, waiting: list[Waiter], now: float) -> list[Wait
         waiter.counted += 1
         return waiter.missing
 
-    return order.arrange(waiting, now, missing, lambda w: w.evictions, lambda w: w.resumed)
+    order.arrange(waiting, now, missing, lambda w: w.evictions)
+    return waiting
 
 
-def test_fewest_missing_blocks_go_first_and_resumed_before_all() -> None:
+def test_fewest_missing_blocks_go_first_and_preempted_before_all() -> None:
     order = WaitingOrder()
-    waiting = [Waiter("a", 9), Waiter("b", 1), Waiter("c", 5), Waiter("d", 99, resumed=True)]
+    waiting = [Waiter("a", 9), Waiter("b", 1), Waiter("c", 5), Waiter("d", 99)]
     for waiter in waiting:
         order.arrived(waiter.request_id, 0.0)
+    order.admitted(["d"], 0.0)
     assert [w.request_id for w in arrange(order, waiting, 0.0)] == ["d", "b", "c", "a"]
 
 
@@ -40,7 +41,7 @@ def test_blocks_are_counted_again_only_after_an_eviction_or_five_seconds() -> No
         arrange(order, [waiter], now)
     assert waiter.counted == 1
     waiter.evictions += 1
-    arrange(order, [waiter], 0.3)
+    arrange(order, [waiter], 1.0)
     assert waiter.counted == 2
     arrange(order, [waiter], 6.0)
     assert waiter.counted == 3
