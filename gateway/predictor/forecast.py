@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from gateway.predictor.grid import BINS, EDGES, EDGES_S, FLOOR_S, LAST_S, log_s
-from gateway.predictor.warp import Curve, calibrated, stated
+from gateway.predictor.warp import KNOTS, Curve, calibrated, stated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,11 +157,13 @@ class Forecast:
         most ``max_points``: where the curve falls; straight lines between them."""
         points: list[tuple[float, float]] = []
         before = 1.0
-        for edge in EDGES_S[1:]:
-            t_s = edge + self.offset_s
-            p = self.survival(t_s)
+        at = self._at_edges()
+        if self.warp is not None:
+            at = (1.0 - np.interp(1.0 - np.array(at), KNOTS, self.warp)).tolist()
+        for edge_s, p in zip(EDGES_S[1:], at[1:], strict=True):
+            p = max(p, _TAIL * _TAIL_SCALE_S / (_TAIL_SCALE_S + edge_s))
             if before - p > 0.002:
-                points.append((t_s, p))
+                points.append((edge_s + self.offset_s, p))
                 before = p
         if not points:
             points.append((EDGES_S[1] + self.offset_s, before))
