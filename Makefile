@@ -31,9 +31,10 @@ format: $(VENV)/.installed-dev   ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev   ## overhead beside its peers, then memory: tables, JSON and plots
+bench: $(VENV)/.installed-dev   ## overhead beside its peers, memory, decisions: tables, JSON and plots
 	$(BIN)/python -m bench.overhead $(ARGS)
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.admission
 
 clean:           ## remove what the other targets made
 	rm -rf $(VENV) $(ENGINE) .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -299,7 +299,7 @@ class Book:
         arrival = ask.arrival
         tokens = arrival.prompt_tokens + ask.output_tokens
         if arrival.heads and self._links:
-            tokens -= sum(n for link, n in _steps(arrival) if link in self._links)
+            tokens -= sum(n for link, n in arrival.steps if link in self._links)
         place = self.places.get(arrival.sid)
         if place is not None:
             tokens -= place.own_tokens
@@ -499,7 +499,7 @@ class Admission:
             self._drop(found[1], now)
             found = None
         if found is None:
-            links = tuple(_steps(ask.arrival)) if ask.lane == "agent" else ()
+            links = ask.arrival.steps if ask.lane == "agent" else ()
             own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
             place = Place(sid, ask, now, links, own_tokens, charged_at=now)
             book.put(place)
@@ -770,13 +770,3 @@ class Admission:
             ticket.decision = replace(decision, policy=self.policy, reason=reason)
             if ticket is not self._arriving:
                 self._released(ticket)
-
-
-def _steps(arrival: Arrival) -> Iterator[tuple[int, int]]:
-    """Prefix links of the prompt, shortest first, each with the tokens it adds."""
-    before = 0
-    for link, length_tokens in reversed(arrival.heads):
-        length_tokens = min(length_tokens, arrival.prompt_tokens)
-        if length_tokens > before:
-            yield link, length_tokens - before
-            before = length_tokens
