@@ -8,13 +8,16 @@ ENGINE := .venv-engine
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-engine lint format bench clean
+.PHONY: help serve demo test test-engine lint format bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 serve: $(VENV)/.installed   ## install, then start the gateway in front of two embedded pods
 	@$(BIN)/cachewise serve $(ARGS)
+
+demo: $(ENGINE)/.installed   ## what admission does to made-up sessions on vLLM's scheduler, no GPU
+	$(ENGINE)/bin/python -m bench.replay bench/replay/sample.jsonl --sessions 20 --out build/demo $(ARGS)
 
 test: $(VENV)/.installed-dev   ## every test that needs no vLLM
 	$(BIN)/python -m pytest -m "not engine" $(ARGS)

@@ -295,8 +295,6 @@ class TurnFlow:
         held = ticket.context = HeldTurn(self.send)
         if self.responding:
             held.began = True
-        with self._survived("hint"):
-            loop.tell_held(ticket)
         began_at = time.monotonic()
         end: HoldEnd = "failed"
         loop.waiting.add(ticket)

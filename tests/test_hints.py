@@ -172,33 +172,6 @@ async def test_a_session_that_ends_is_given_up() -> None:
         assert gateway.gateway.loop.admission.books["pod-0"].places == {}
 
 
-async def test_a_held_turns_home_is_told_that_it_will_be_needed() -> None:
-    async with HintedPod() as pod, gateway_over(pod) as gateway:
-        await gateway.post("chat", agent_body("chat", "a"), headers=of("a"))
-        admission = gateway.gateway.loop.admission
-        (session,) = gateway.gateway.sessions
-        admission.forget(session.sid, 0)
-        admission.books["pod-0"].reserve = 0.1
-        waiting = asyncio.Event()
-
-        async def slow(exchange: Exchange) -> None:
-            await waiting.wait()
-            exchange.whole(b"{}")
-
-        pod.answer = slow
-        other = asyncio.create_task(
-            gateway.post("chat", agent_body("chat", "b"), headers=of("b", final=True))
-        )
-        await until(lambda: len(pod.turns) >= 2)
-        again = asyncio.create_task(gateway.post("chat", agent_body("chat", "a"), headers=of("a")))
-        await until(lambda: admission.held_count == 1)
-        await until(lambda: any(told["p_return"] == 1 for told in pod.told()))
-        told = next(told for told in pod.told() if told["p_return"] == 1)
-        assert (told["session_id"], told["idle_kind"]) == (session.sid, "tool")
-        waiting.set()
-        await asyncio.gather(other, again)
-
-
 async def test_a_pod_that_takes_no_hints_gets_none() -> None:
     async with SmallPod() as pod, gateway_over(pod) as gateway:
         gateway.gateway.loop.foresight = Forecasts()  # type: ignore[assignment]
