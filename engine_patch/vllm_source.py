@@ -6,13 +6,13 @@ built or imported.
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 import tarfile
 import tempfile
 import urllib.request
 from pathlib import Path
-
-INDEX = "https://pypi.org/simple/vllm/"
 
 
 def fetch(version: str, directory: Path, *parts: str) -> Path:
@@ -27,8 +27,9 @@ def fetch(version: str, directory: Path, *parts: str) -> Path:
     root = directory / f"vllm-{version}"
     if root.is_dir():
         return root
-    request = urllib.request.Request(
-        INDEX, headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+    index = os.environ.get("PIP_INDEX_URL") or _pips_index()
+    request = urllib.request.Request(  # noqa: S310
+        f"{index.rstrip('/')}/vllm/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
         files = json.load(answer)["files"]
@@ -51,6 +52,13 @@ def fetch(version: str, directory: Path, *parts: str) -> Path:
             tar.extractall(unfinished, members, filter="data")
         (Path(unfinished) / root.name).rename(root)  # all of it or none
     return root
+
+
+def _pips_index() -> str:
+    """Where pip looks by default. Asked in a process of its own: pip changes what it imports."""
+    code = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
+    asked = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)  # noqa: S603
+    return asked.stdout.strip()
 
 
 if __name__ == "__main__":

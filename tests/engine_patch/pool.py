@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engine_patch.queue import ReuseAwareFreeQueue, _walk
+from engine_patch.sessions import SessionTable
+
 TOKENS_PER_BLOCK = 16
 
 
@@ -73,3 +76,29 @@ class Pool:
         if self.cached.get(block.block_hash) is block:
             del self.cached[block.block_hash]
         block.block_hash = block.block_hash_num_tokens = None
+
+
+def check_owners(queue: ReuseAwareFreeQueue, sessions: SessionTable, free: list[Any]) -> None:
+    """Groups, the blocks in them and the sessions that own them say the same."""
+    group_of = [run and run.group for run in queue._run]
+    owned = [g for g in group_of if g is not None and g is not queue._anonymous]
+    assert set(owned) == set(queue.groups())
+    for group in queue.groups():
+        assert group.size == owned.count(group) > 0
+        listed = {b.block_id for b in free if group_of[b.block_id] is group}
+        assert listed == {b.block_id for b in _walk(group)}
+        for session in group.members:
+            assert group in session.groups
+            assert sessions.get(session.key) is session
+    for session in sessions:
+        assert session.groups <= set(queue.groups())
+
+
+def check_no_owners(queue: ReuseAwareFreeQueue) -> None:
+    """Nothing is left of any session."""
+    assert not queue._groups
+    assert not queue._by_members
+    assert not queue._lru
+    assert not queue._scored
+    assert queue._giving is None
+    assert all(run is None or run.group is queue._anonymous for run in queue._run)

@@ -37,6 +37,7 @@ from bench.engine.simulation import make_hasher, step
 from engine_patch.scheduler import ReuseAwareScheduler
 from engine_patch.sessions import MAX_LAPSE_S
 from tests.engine_patch import agents
+from tests.engine_patch.pool import check_no_owners, check_owners
 
 BLOCK = 4
 _OPT = {
@@ -136,6 +137,7 @@ class Engine:
         self.reuse: Any = self.scheduler._reuse
         if self.reuse is not None:
             self.reuse.clock = lambda: self.now
+            self.reuse.call("capabilities")  # as a gateway does that will send hints
         self.pool: Any = self.scheduler.kv_cache_manager.block_pool
         self.cached_tokens: dict[str, int] = {}
         self._hasher = make_hasher(BLOCK)
@@ -223,16 +225,7 @@ class Engine:
         for block in pool.blocks:
             if not block.is_null:
                 assert block.ref_cnt == held.get(block.block_id, 0)
-        owners = [g for g in queue._group if g is not None]
-        assert set(owners) == set(queue.groups())
-        for group in queue.groups():
-            assert group.size == owners.count(group) > 0
-            assert group.free == sum(queue._group[b.block_id] is group for b in free)
-            for session in group.members:
-                assert group in session.groups
-                assert self.reuse.sessions.get(session.key) is session
-        for session in self.reuse.sessions:
-            assert session.groups <= set(queue.groups())
+        check_owners(queue, self.reuse.sessions, free)
         waiting = {r.request_id for r in self.scheduler.waiting}
         waiting |= {r.request_id for r in self.scheduler.kv_holding_waiting}
         assert self.reuse.order._entries.keys() <= waiting
@@ -253,10 +246,5 @@ class Engine:
         self.reuse.ledger.expire(self.now)
         assert not self.scheduler.requests
         assert len(self.reuse.sessions) == len(self.reuse.order) == len(self.reuse.ledger) == 0
-        assert not queue._groups
-        assert not queue._by_members
-        assert not queue._lru
-        assert not queue._scored
-        assert not any(queue._group)
-        assert queue._grouped_free == 0
+        check_no_owners(queue)
         assert queue.num_free_blocks == self.pool.num_gpu_blocks - 1

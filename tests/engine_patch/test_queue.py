@@ -14,10 +14,10 @@ from hypothesis.stateful import (
 )
 
 from engine_patch.forecast import Forecast
-from engine_patch.queue import ReuseAwareFreeQueue, _walk
+from engine_patch.queue import ReuseAwareFreeQueue
 from engine_patch.regret import EvictionLedger
 from engine_patch.sessions import MAX_LAPSE_S, Retention, SessionTable
-from tests.engine_patch.pool import PlainBlock, Pool
+from tests.engine_patch.pool import PlainBlock, Pool, check_no_owners, check_owners
 
 SOON = Forecast(((2.0, 1.0), (2.1, 0.0)), 1.0)
 LATE = Forecast(((500.0, 1.0), (501.0, 0.0)), 1.0)
@@ -360,18 +360,7 @@ class Accounting(RuleBasedStateMachine):
         for block in pod.blocks:
             linked = block.prev_free_block is not None and block.next_free_block is not None
             assert linked == (id(block) not in in_use)
-        group_of = [run and run.group for run in queue._run]
-        owned = [g for g in group_of if g is not None and g is not queue._anonymous]
-        for group in queue.groups():
-            assert group.size == owned.count(group) > 0
-            listed = {b.block_id for b in free if group_of[b.block_id] is group}
-            assert listed == {b.block_id for b in _walk(group)}
-            for session in group.members:
-                assert group in session.groups
-                assert pod.sessions.get(session.key) is session
-        assert set(owned) == set(queue.groups())
-        for session in pod.sessions:
-            assert session.groups <= set(queue.groups())
+        check_owners(queue, pod.sessions, free)
 
     def teardown(self) -> None:
         """Nothing outlives its session."""
@@ -387,11 +376,7 @@ class Accounting(RuleBasedStateMachine):
         pod.sessions.sweep(pod.now)
         pod.ledger.expire(pod.now)
         assert len(pod.sessions) == len(pod.ledger) == 0
-        assert not pod.queue._groups
-        assert not pod.queue._by_members
-        assert not pod.queue._lru
-        assert not pod.queue._scored
-        assert not any(pod.queue._run)
+        check_no_owners(pod.queue)
 
 
 TestAccounting = Accounting.TestCase
