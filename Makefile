@@ -8,13 +8,16 @@ ENGINE := .venv-engine
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-engine lint format bench clean
+.PHONY: help serve demo test test-engine lint format bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 serve: $(VENV)/.installed   ## install, then start the gateway in front of two embedded pods
 	@$(BIN)/cachewise serve $(ARGS)
+
+demo: $(ENGINE)/.installed   ## what admission does to made-up sessions on vLLM's scheduler, no GPU
+	$(ENGINE)/bin/python -m bench.replay bench/replay/sample.jsonl --sessions 20 --out build/demo $(ARGS)
 
 test: $(VENV)/.installed-dev   ## every test that needs no vLLM
 	$(BIN)/python -m pytest -m "not engine" $(ARGS)
@@ -31,9 +34,10 @@ format: $(VENV)/.installed-dev   ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev   ## overhead beside its peers, then memory: tables, JSON and plots
+bench: $(VENV)/.installed-dev   ## overhead beside its peers, memory, decisions: tables, JSON and plots
 	$(BIN)/python -m bench.overhead $(ARGS)
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.admission
 
 clean:           ## remove what the other targets made
 	rm -rf $(VENV) $(ENGINE) .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

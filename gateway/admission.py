@@ -60,12 +60,16 @@ from gateway.routing import Arrival, Decision, Policy, Reason, choose
 Mode = Literal["enforce", "observe", "off"]
 Lane = Literal["agent", "aside"]
 
-RESERVE: Final = 0.65
+RESERVE: Final = 0.7
 RESERVE_RANGE: Final = (0.5, 0.8)
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
 STINT_S: Final = 300.0
 """So long a session may keep its place, from turn to turn, while a due turn waits for one."""
+DUE_EVERY: Final = 6
+"""Of a pod's places, one in so many goes to the longest due turn."""
+DUE_PAUSE_S: Final = 30.0
+"""So does the next after a pause in which none was given."""
 HORIZON_RANGE_S: Final = (5.0, 600.0)
 MEAN_STINT_S: Final = 300.0
 """How long a session keeps its place, assumed before any was seen."""
@@ -232,6 +236,9 @@ class Book:
     claim: Ticket | None = None
     stint_s: float = MEAN_STINT_S
     """How long sessions kept their places of late, while others waited."""
+    passed: int = 0
+    """Places given since a due turn got one."""
+    given_at: float = -inf
     homed: int = 0
     """Held turns whose live KV is here."""
     regret: float = 0.0
@@ -299,7 +306,7 @@ class Book:
         arrival = ask.arrival
         tokens = arrival.prompt_tokens + ask.output_tokens
         if arrival.heads and self._links:
-            tokens -= sum(n for link, n in _steps(arrival) if link in self._links)
+            tokens -= sum(n for link, n in arrival.steps if link in self._links)
         place = self.places.get(arrival.sid)
         if place is not None:
             tokens -= place.own_tokens
@@ -318,6 +325,10 @@ class Book:
             or aside_tokens <= ASIDE_SHARE * self.capacity_tokens
             or aside_tokens <= self.budget_tokens - self.tokens
         )
+
+    def owes_due(self, now: float) -> bool:
+        """Whether the next place is for the longest due turn."""
+        return self.passed >= DUE_EVERY - 1 or now - self.given_at >= DUE_PAUSE_S
 
     def wait_s(self, ahead: float) -> float:
         """How long a turn waits for a place behind ``ahead`` others, first come first served: the
@@ -499,10 +510,13 @@ class Admission:
             self._drop(found[1], now)
             found = None
         if found is None:
-            links = tuple(_steps(ask.arrival)) if ask.lane == "agent" else ()
+            links = ask.arrival.steps if ask.lane == "agent" else ()
             own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
             place = Place(sid, ask, now, links, own_tokens, charged_at=now)
             book.put(place)
+            if ask.lane == "agent":
+                book.passed += 1
+                book.given_at = now
             self._places[sid] = (book, place)
         else:
             place = found[1]
@@ -624,7 +638,7 @@ class Admission:
         elif self.held_count and book.pod.in_flight == 0:
             book.reserve = min(high, book.reserve + 0.01)
         elif self.held_count and book.regret < 0.02:
-            book.reserve = min(high, book.reserve + 0.0005)
+            book.reserve = min(high, book.reserve + 0.001)
 
     # -- places and holds ------------------------------------------------------------------------
 
@@ -655,12 +669,13 @@ class Admission:
         if not agents:
             return
         dispensable = self._dispensable(book, now)
-        for ticket in agents.due(now):
+        for ticket in agents.due(now) if book.owes_due(now) else ():
             if not self._may_go(ticket, book, now):
                 continue
             if self._make_room(book, ticket.ask, dispensable, True, now):
                 self._release(ticket, book, now)
-                continue
+                book.passed = 0
+                break
             if ticket.claim is None and book.claim is None:
                 ticket.claim = book.pod.name
                 book.claim = ticket
@@ -770,13 +785,3 @@ class Admission:
             ticket.decision = replace(decision, policy=self.policy, reason=reason)
             if ticket is not self._arriving:
                 self._released(ticket)
-
-
-def _steps(arrival: Arrival) -> Iterator[tuple[int, int]]:
-    """Prefix links of the prompt, shortest first, each with the tokens it adds."""
-    before = 0
-    for link, length_tokens in reversed(arrival.heads):
-        length_tokens = min(length_tokens, arrival.prompt_tokens)
-        if length_tokens > before:
-            yield link, length_tokens - before
-            before = length_tokens

@@ -53,13 +53,20 @@ def ask_for(
     tenant_weight: float,
     priority: Priority,
     number: int,
+    arrived_at: float,
 ) -> Ask:
     """The turn as admission sees it. One without a session is an aside of its own, told from
-    others by ``number``."""
+    others by ``number``. ``arrived_at`` is when it first arrived, seconds of the loop's clock."""
     if turn is None:
         nobody = Arrival(sid=f"?{number}", prompt_tokens=1, same_tokens=0, heads=[])
         return Ask(
-            nobody, request.model, tenant, priority, lane="aside", tenant_weight=tenant_weight
+            nobody,
+            request.model,
+            tenant,
+            priority,
+            lane="aside",
+            tenant_weight=tenant_weight,
+            arrived_at=arrived_at,
         )
     session = turn.session
     person_waits = turn.request_class == "main" and (
@@ -81,4 +88,5 @@ def ask_for(
         person_waits=person_waits,
         output_tokens=round(session.answer_tokens),
         tenant_weight=tenant_weight,
+        arrived_at=arrived_at,
     )

@@ -174,6 +174,22 @@ def new_key(tenant: Annotated[str, typer.Argument(help="Who will use it.")]) -> 
     print(f"key, for the client:           {key}\nline, for access.api_keys_file: {line}")
 
 
+@app.command(
+    "replay",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def replay(context: typer.Context) -> None:
+    """Replay your traces through vLLM's scheduler under each policy (docs/admission.md)."""
+    try:
+        from bench.replay.__main__ import app as replayer
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "bench":
+            raise
+        fail("replay: the replay is part of a clone of the repository, not of the package")
+    replayer(args=context.args, prog_name="cachewise replay")
+
+
 @app.command("version")
 def version() -> None:
     """Print the version."""

@@ -110,12 +110,6 @@ class ClosedLoop:
         self.waits.end(session.sid)
         session.forecast = None
 
-    def tell_held(self, ticket: Ticket) -> None:
-        """A turn must wait: its session's KV is needed soon, for certain."""
-        pod = self.fleet.pods.get(ticket.ask.arrival.home or "")
-        if pod is not None and self._hinting:
-            self.hints.send(pod, hints.held(ticket.ask.arrival.sid, ticket.expected_wait_s))
-
     def strike(self, ask: Ask, now: float) -> None:
         """Take a turn out of the queue, and its session's place back."""
         for ticket in [ticket for ticket in self.admission.held if ticket.ask is ask]:

@@ -66,23 +66,6 @@ def reuse(
     }
 
 
-def held(session_id: str, wait_s: float) -> dict[str, Any]:
-    """`cachewise.reuse` for a session whose next turn has come and is held: its KV is needed in
-    about ``wait_s``, certainly."""
-    wait_s = max(wait_s, 0.001)
-    return {
-        "action_type": "cachewise.reuse",
-        "action_version": ACTION_VERSIONS["cachewise.reuse"],
-        "payload": {
-            "session_id": session_id,
-            "idle_kind": "tool",
-            "survival": [[wait_s / 2, 1.0], [2 * wait_s, 0.0]],
-            "p_return": 1.0,
-            "elapsed_s": 0.0,
-        },
-    }
-
-
 class HintSender:
     """Delivers hints to pods, out of band. Use as an async context manager.
 

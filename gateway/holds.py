@@ -1,13 +1,15 @@
 """The order in which held turns get a place.
 
-One rule, `precedence`: what is due goes first, the longest due ahead; else the least of
+One rule, `precedence`: the least of
 
     additional prefill seconds + debt of its class − AGE_WEIGHT × seconds held − head start
 
+goes first, but some places (`gateway.admission.DUE_EVERY`) are for the longest due turn.
+
 Least additional prefill first uses the KV that is still there before others evict it, and finishes
 more sessions sooner on the whole (shortest job first); its price is that long contexts whose KV is
-gone wait longer. Three terms bound that price: age, the debt between classes, and the promise that
-a turn held `AGE_BOUND_S` beyond its fair share is passed by no one any more.
+gone wait longer. Three things bound that price: age, the debt between classes, and the promise that
+turns held `AGE_BOUND_S` beyond their fair share get places one after the other, whatever they need.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def precedence(
         debt_s: pod-seconds that the turn's class has had beyond its share (`Shares.debts`).
         arrived_at: since when it is held.
         person_waits: whether a person waits for it, not a tool loop.
-        due_at: when it has been held `AGE_BOUND_S` beyond its fair share.
+        due_at: when it has been held `AGE_BOUND_S` beyond its fair share; infinity where the place
+            is none of those set apart for due turns.
         now: seconds of the same clock.
     """
     if now >= due_at:
@@ -178,7 +181,7 @@ class HoldQueue(Generic[H]):
             yield from _pick([(0.0, self._due)], lambda key, _: key <= now)
 
     def next(self, pod: str, debts: Mapping[ShareClass, float], now: float) -> Iterator[H]:
-        """Turns that are not due, in the pod's order. They may be removed meanwhile."""
+        """All turns, in the pod's order. They may be removed meanwhile."""
         heaps = [
             (debts.get(share, 0.0), heap)
             for by_class in (self._home.get(pod, {}), self._away)
@@ -186,7 +189,7 @@ class HoldQueue(Generic[H]):
         ]
         seen: set[int] = set()
         for hold in _pick(heaps, lambda _, hold: True):
-            if hold.due_at > now and hold.number not in seen:
+            if hold.number not in seen:
                 seen.add(hold.number)
                 yield hold
 

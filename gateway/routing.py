@@ -19,7 +19,7 @@ Pure: all inputs are arguments, the result explains itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import xxhash
@@ -102,6 +102,18 @@ class Arrival:
     heads: list[tuple[int, int]]
     home: str | None = None
     relative: tuple[str, int] | None = None
+    steps: tuple[tuple[int, int], ...] = field(init=False, compare=False)
+    """The heads, shortest first, each with the tokens it adds."""
+
+    def __post_init__(self) -> None:
+        steps = []
+        before = 0
+        for link, length_tokens in reversed(self.heads):
+            length_tokens = min(length_tokens, self.prompt_tokens)
+            if length_tokens > before:
+                steps.append((link, length_tokens - before))
+                before = length_tokens
+        object.__setattr__(self, "steps", tuple(steps))
 
 
 def weigh(pod: Pod, arrival: Arrival) -> tuple[int, bool]:
@@ -166,7 +178,12 @@ def choose(
     if policy == "least_loaded":
         return decision(min(candidates, key=lambda c: _load(arrival.sid, c)), "policy")
 
-    best = min(candidates, key=lambda c: (round(c.total_s / NEARLY_S), *_load(arrival.sid, c)))
+    totals = [round(c.total_s / NEARLY_S) for c in candidates]
+    least = min(totals)
+    nearest = [c for c, total in zip(candidates, totals, strict=True) if total == least]
+    best = nearest[0]
+    if len(nearest) > 1:
+        best = min(nearest, key=lambda c: _load(arrival.sid, c))
     home = next((c for c in candidates if c.pod.name == arrival.home), None)
     if home is not None and at_home and home.resident_tokens:
         if home.total_s <= best.total_s + STAY_S:

@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import orjson
 
@@ -253,18 +252,19 @@ class TurnFlow:
         gateway = self.gateway
         assert self.tenant is not None
         gateway.turns_asked += 1
-        ask = ask_for(
+        if self.waiting_since is None:
+            sid = self.turn.session.sid if self.turn is not None else ""
+            away_since = gateway.loop.sent_away.arrived_at(sid, self.started_at)
+            self.waiting_since = self.started_at if away_since is None else away_since
+        return ask_for(
             self.turn,
             request,
             self.tenant.name,
             gateway.settings.admission.tenant_weights.get(self.tenant.name, 1.0),
             self.priority,
             gateway.turns_asked,
+            self.waiting_since,
         )
-        if self.waiting_since is None:
-            away_since = gateway.loop.sent_away.arrived_at(ask.arrival.sid, self.started_at)
-            self.waiting_since = self.started_at if away_since is None else away_since
-        return replace(ask, arrived_at=self.waiting_since)
 
     def _arrive(self, ask: Ask, pods: Sequence[Pod]) -> Ticket:
         """Ask admission; where it fails, choose a pod without it."""
@@ -295,8 +295,6 @@ class TurnFlow:
         held = ticket.context = HeldTurn(self.send)
         if self.responding:
             held.began = True
-        with self._survived("hint"):
-            loop.tell_held(ticket)
         began_at = time.monotonic()
         end: HoldEnd = "failed"
         loop.waiting.add(ticket)

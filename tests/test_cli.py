@@ -141,6 +141,17 @@ def test_engine_command_refuses_a_flag_of_vllm_before_the_dashes() -> None:
     assert "--max-model-len" in result.stderr
 
 
+def test_replay_says_what_it_lacks(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("{}")
+    done = cachewise("replay", str(trace), "--policy", "nonsense")
+    assert done.returncode == 2
+    assert "--policy nonsense: allowed are stock" in done.stderr
+    done = cachewise("replay", str(trace))
+    assert done.returncode == 2
+    assert "vLLM is not installed" in done.stderr or "no trace of a known format" in done.stderr
+
+
 def test_keys_new_prints_a_key_that_its_line_admits() -> None:
     first, second = cachewise("keys", "new", "acme").stdout.splitlines()
     key = first.partition(":")[2].strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -108,13 +109,15 @@ def test_the_queue_keeps_the_order_of_the_rule(
         queue.add(turn, turn.share, home, home_s, away_s, 1)
         additional_s = turn.additional_s["home" if home == POD else "away"]
         debt_s = owed.get(turn.share, 0.0)
-        keys[number] = precedence(additional_s, debt_s, turn.arrived_at, False, turn.due_at, now)
+        keys[number] = precedence(additional_s, debt_s, turn.arrived_at, False, inf, now)
     for _, turn in made:
         if data.draw(st.booleans()):
             queue.remove(turn)
             del keys[turn.number]
     for _ in range(2):  # looking changes nothing
-        order = [keys[t.number] for t in [*queue.due(now), *queue.next(POD, owed, now)]]
+        due = [turn.due_at for turn in queue.due(now)]
+        assert due == sorted(t.due_at for t in queue if t.due_at <= now)
+        order = [keys[turn.number] for turn in queue.next(POD, owed, now)]
         assert len(order) == len(queue) == len(keys)
         assert all(a <= b or a[1] == pytest.approx(b[1]) for a, b in pairwise(order))
 

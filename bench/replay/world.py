@@ -211,8 +211,6 @@ class World:
         if not ticket.held or self.setup.mode != "enforce":
             self._send(ticket, job)
             return
-        if self.setup.patched and (home := self.home.get(i)):
-            self._tell(home, hints.held(f"s{i}", ticket.expected_wait_s))
         self._tick_soon()
 
     # -- the gateway -----------------------------------------------------------------------------
