@@ -9,6 +9,7 @@ from hashlib import blake2b
 from gateway.access import Access, Tenant
 from gateway.config import Settings
 from gateway.errors import GatewayError
+from gateway.fleet.discovery import discovery
 from gateway.fleet.fleet import Fleet
 from gateway.metrics import Metrics
 from gateway.relay import Relay
@@ -26,10 +27,13 @@ class Gateway:
             settings.pods,
             settings.probe,
             pod_key.get_secret_value() if pod_key is not None else None,
+            discovery(settings.discovery),
+            settings.discovery.dp_ranks,
         )
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
+        self.fleet.removed.append(lambda pod: self.metrics.forget(pod.name))
         self.aliases = dict(settings.models.aliases)
         self.draining = False
         self.turns_routed = 0
