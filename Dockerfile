@@ -19,8 +19,9 @@ COPY engine_patch /opt/cachewise/engine_patch
 COPY gateway /opt/cachewise/gateway
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/cachewise PYTHONUNBUFFERED=1
 # The file system is read-only when it runs; hashes, not times, make the result the same each time.
-RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/cachewise
-ENV PYTHONDONTWRITEBYTECODE=1 CACHEWISE_HOST=0.0.0.0
+RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/cachewise \
+    && install -d -o 10001 -g 10001 /var/lib/cachewise
+ENV PYTHONDONTWRITEBYTECODE=1 CACHEWISE_HOST=0.0.0.0 XDG_STATE_HOME=/var/lib
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 MAX_WAIT_S = 30.0
 # How often those that wait are looked at again: who is beyond the bound, whose blocks have gone.
-REVIEW_S = 0.5
+REVIEW_S = 1.0
 # Other requests may make a waiting request's prefix resident again; look that often.
 _RECOUNT_S = 5.0
 # An admission opens an interval; so many are added up at once at the latest.

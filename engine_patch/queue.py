@@ -227,9 +227,10 @@ class ReuseAwareFreeQueue:
         """Free blocks in eviction order, after all of their kind that are free already."""
         if not blocks:
             return
+        tail = self.fake_free_list_tail
+        assert tail.prev_free_block is not None
         self.num_free_blocks += len(blocks)
         if not self._tracking:
-            tail = self.fake_free_list_tail
             _link(blocks, tail.prev_free_block, tail)
             return
         runs, now = self._run, self.now
@@ -461,8 +462,8 @@ class ReuseAwareFreeQueue:
             ):
                 assert worst is not None, "fewer blocks linked than counted free"
                 victims = _unlink_first(worst, 1 if worst.stepwise else n - len(taken))
-                self._account(worst, victims, worst.cause)
                 self._giving = None if worst.stepwise else worst
+                self._account(worst, victims, worst.cause)
             else:
                 victims = self._take_aged(oldest, n - len(taken), score)
                 self._account(oldest, victims, "lru")

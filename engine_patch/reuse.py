@@ -28,7 +28,7 @@ from engine_patch.sessions import MAX_SESSIONS, SessionTable
 
 # A waiting queue is arranged the less often the longer it is.
 _LONG_QUEUE = 128
-_TIDY_S = 1.0
+_TIDY_S = 5.0
 # A pod whose capabilities nobody has asked for, and to whom nobody has sent a hint, for so long
 # does not follow whose blocks are whose.
 ATTENTIVE_S = 600.0

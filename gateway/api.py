@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from math import inf
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.access import Unauthorized
+from gateway.admission import Book
 from gateway.errors import Dialect, GatewayError, render
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway
@@ -97,6 +99,7 @@ class Api:
         now = time.monotonic()
         detail = self._session(session, now)
         detail["gaps"] = [self._gap(gap) for gap in session.gaps]
+        detail["forecast"] = self._forecast(session, now, curve=True)
         detail["route"] = session.decision.explain() if session.decision is not None else None
         detail["resident_tokens"] = {
             pod.name: tokens
@@ -107,7 +110,55 @@ class Api:
 
     async def pods(self, request: Request) -> Response:
         """The pods: health, models, capabilities, load, what their caches are believed to hold."""
-        return json_response({"object": "list", "data": [_pod(pod) for pod in self.gateway.fleet]})
+        data = [self._pod(pod) for pod in self.gateway.fleet]
+        return json_response({"object": "list", "data": data})
+
+    async def drain(self, request: Request) -> Response:
+        """POST: give the pod no more turns; its sessions move at their next one. DELETE: again."""
+        pod = self.gateway.fleet.pods.get(request.path_params["name"])
+        if pod is None:
+            return error_response(
+                GatewayError(404, "pod_not_found", "No pod of this name is configured.")
+            )
+        self.gateway.fleet.drain(pod, request.method == "POST")
+        return json_response(self._pod(pod))
+
+    def _pod(self, pod: Pod) -> dict[str, Any]:
+        book = self.gateway.loop.admission.books.get(pod.name)
+        return _pod(pod) | {
+            "queued_hints": self.gateway.loop.hints.queued(pod.name),
+            "admission": _book(book) if book is not None else None,
+        }
+
+    def _place(self, sid: str) -> dict[str, Any] | None:
+        found = self.gateway.loop.admission.place_of(sid)
+        if found is None:
+            return None
+        pod, place = found
+        return {
+            "pod": pod.name,
+            "lane": place.ask.lane,
+            "tokens": place.tokens,
+            "since": self._time(place.since),
+        }
+
+    def _held(self, sid: str, now: float) -> dict[str, Any] | None:
+        admission = self.gateway.loop.admission
+        ticket = next((t for t in admission.held if t.ask.arrival.sid == sid), None)
+        if ticket is None:
+            return None
+        book = admission.books.get(ticket.decision.pod.name)
+        claimed = book is not None and book.claim not in (None, ticket)
+        return {
+            "since": self._time(ticket.arrived_at),
+            "seconds": round(now - ticket.arrived_at, 3),
+            "reason": "no_pod" if book is None else "after_a_due_turn" if claimed else "no_room",
+            "soonest_at": ticket.decision.pod.name,
+            "tokens": ticket.ask.tokens,
+            "expected_wait_seconds": round(ticket.expected_wait_s, 3),
+            "priority": ticket.ask.priority,
+            "due": now >= ticket.due_at,
+        }
 
     def _time(self, monotonic_s: float | None) -> str | None:
         if monotonic_s is None:
@@ -122,6 +173,25 @@ class Api:
             "kind": gap.kind,
             "tools": list(gap.tools),
         }
+
+    @staticmethod
+    def _forecast(session: Session, now: float, curve: bool = False) -> dict[str, Any] | None:
+        """When an idle session is expected back, as of now."""
+        forecast, since = session.forecast, session.idle_since
+        if forecast is None or since is None or session.in_flight:
+            return None
+        elapsed_s = max(0.0, now - since)
+        shown: dict[str, Any] = {
+            "p_return": round(forecast.p_return_given(elapsed_s), 4),
+            "expected_remaining_s": round(forecast.expected_remaining(elapsed_s), 3),
+            "remaining_s": {
+                f"p{round(100 * p)}": round(forecast.quantile(p, elapsed_s), 3)
+                for p in (0.1, 0.5, 0.9)
+            },
+        }
+        if curve:
+            shown["survival"] = [[round(t, 4), round(p, 5)] for t, p in forecast.curve()]
+        return shown
 
     def _session(self, session: Session, now: float) -> dict[str, Any]:
         usage = session.usage
@@ -145,6 +215,7 @@ class Api:
             else None,
             "waiting_for": list(session.waiting_for) if idle else [],
             "in_background": len(session.background),
+            "forecast": self._forecast(session, now),
             "turns": session.turns,
             "tool_calls": session.tool_calls,
             "created_at": self._time(session.created_at),
@@ -155,7 +226,22 @@ class Api:
             "prefix_breaks": session.breaks,
             "prefix_lost_tokens": session.lost_tokens,
             "last_gap": self._gap(session.gaps[-1]) if session.gaps else None,
+            "place": self._place(session.sid),
+            "held": self._held(session.sid, now) if session.in_flight else None,
         }
+
+
+def _book(book: Book) -> dict[str, Any]:
+    known = book.budget_tokens < inf
+    return {
+        "sessions": len(book.places),
+        "tokens": book.tokens,
+        "aside_tokens": book.aside_tokens,
+        "budget_tokens": round(book.budget_tokens) if known else None,
+        "reserve": round(book.reserve, 4),
+        "regret": round(book.regret, 4),
+        "hold_horizon_seconds": round(book.horizon_s, 3) if known else None,
+    }
 
 
 def _pod(pod: Pod) -> dict[str, Any]:

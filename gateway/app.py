@@ -7,8 +7,9 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api import Api, admin_only, error_response, json_response
 from gateway.config import PodSettings, Settings
+from gateway.count_tokens import CountTokensEndpoint
 from gateway.dialects import DIALECTS
 from gateway.embedded.fleet import EmbeddedFleet
 from gateway.embedded.scheduler import EngineConfig
@@ -27,11 +29,13 @@ from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
 from gateway.logs import dropped_total
-from gateway.turns import CountTokensEndpoint, TurnEndpoint, authenticate
+from gateway.request import authenticate
+from gateway.turns import TurnEndpoint
 
 logger = logging.getLogger("gateway.app")
 
 HOUSEKEEPING_S = 1.0
+TICK_S = 0.5
 
 
 class App(Starlette):
@@ -63,10 +67,13 @@ def create_app(settings: Settings) -> App:
             if not settings.pods and settings.discovery.kind == "static":
                 await stack.enter_async_context(embedded_fleet(gateway))
             await stack.enter_async_context(gateway.relay)
+            await stack.enter_async_context(gateway.loop.hints)
             await stack.enter_async_context(gateway.fleet.watched())
-            await stack.enter_async_context(housekeeping(gateway))
+            await stack.enter_async_context(gateway.foresight.kept())
+            await stack.enter_async_context(running(keep_house(gateway), "housekeeping"))
+            await stack.enter_async_context(running(keep_time(gateway), "admission"))
             yield
-            gateway.draining = True
+            gateway.shut_down()
 
     turns = {dialect.path: TurnEndpoint(gateway, dialect) for dialect in DIALECTS}
     plain = Plain(gateway)
@@ -91,6 +98,11 @@ def create_app(settings: Settings) -> App:
             Route(f"{admin}/sessions", admin_only(gateway, api.sessions)),
             Route(f"{admin}/sessions/{{sid}}", admin_only(gateway, api.session)),
             Route(f"{admin}/pods", admin_only(gateway, api.pods)),
+            Route(
+                f"{admin}/pods/{{name}}/drain",
+                admin_only(gateway, api.drain),
+                methods=["POST", "DELETE"],
+            ),
         ],
         exception_handlers={404: not_found, 405: not_found},
     )
@@ -118,22 +130,32 @@ async def embedded_fleet(gateway: Gateway) -> AsyncIterator[None]:
         yield
 
 
-@asynccontextmanager
-async def housekeeping(gateway: Gateway) -> AsyncIterator[None]:
+async def keep_house(gateway: Gateway) -> None:
     """Forget old sessions and measure the event loop's lag, once a second."""
+    lags: deque[float] = deque(maxlen=10)
+    while True:
+        due = time.monotonic() + HOUSEKEEPING_S
+        await asyncio.sleep(HOUSEKEEPING_S)
+        lags.append(max(0.0, time.monotonic() - due))
+        gateway.metrics.loop_lag.set(max(lags))
+        gateway.sessions.expire(time.monotonic())
 
-    async def keep_house() -> None:
-        lags: deque[float] = deque(maxlen=10)
-        while True:
-            due = time.monotonic() + HOUSEKEEPING_S
-            await asyncio.sleep(HOUSEKEEPING_S)
-            lags.append(max(0.0, time.monotonic() - due))
-            gateway.metrics.loop_lag.set(max(lags))
-            for session in gateway.sessions.expire(time.monotonic()):
-                for pod in gateway.fleet:
-                    pod.residency.drop(session.sid)
 
-    task = asyncio.create_task(keep_house(), name="housekeeping")
+async def keep_time(gateway: Gateway) -> None:
+    """Tell admission and hints that time has passed, twice a second."""
+    while True:
+        await asyncio.sleep(TICK_S)
+        try:
+            gateway.loop.tick(time.monotonic())
+        except Exception:
+            gateway.metrics.degraded.labels("tick").inc()
+            logger.exception("the tick of admission failed")
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Work that goes on in the background for as long as the context lasts."""
+    task = asyncio.create_task(work, name=name)
     try:
         yield
     finally:
@@ -196,7 +218,10 @@ class Plain:
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         gateway = self.gateway
-        gateway.metrics.refresh(gateway.fleet, gateway.sessions, dropped_total())
+        gateway.metrics.forecast_nodes.set(len(gateway.foresight.predictor.table))
+        gateway.metrics.refresh(
+            gateway.fleet, gateway.sessions, gateway.loop.admission, dropped_total()
+        )
         return Response(
             generate_latest(gateway.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST}
         )

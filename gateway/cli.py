@@ -21,6 +21,7 @@ from engine_patch.command import launch_line
 from gateway import access, config, connect
 from gateway.config import ConfigError, Settings, Source
 from gateway.logs import logging_to
+from gateway.predictor.commands import app as forecast_app
 
 #: Longer than clients and load balancers keep an idle connection, so that the gateway never closes
 #: one that a request is just being sent on.
@@ -39,6 +40,7 @@ keys_app = typer.Typer(help="API keys for clients.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(engine_app, name="engine")
 app.add_typer(keys_app, name="keys")
+app.add_typer(forecast_app, name="forecast")
 
 Command: TypeAlias = Callable[[Settings, dict[str, Source]], None]
 Text: TypeAlias = str | None
@@ -131,7 +133,16 @@ def serve(settings: Settings, _: dict[str, Source]) -> None:
     Every setting can also stand in the file or the environment (docs/configuration.md). Keys and
     tokens can stand only there, as a command line is no place for secrets.
     """
-    run(settings)
+    run(_keeping_state(settings))
+
+
+def _keeping_state(settings: Settings) -> Settings:
+    """The settings with the usual place for the forecast's state where none is set."""
+    if settings.forecast.state_file is not None:
+        return settings
+    path = config.default_state_file(os.environ)
+    forecast = settings.forecast.model_copy(update={"state_file": path})
+    return settings.model_copy(update={"forecast": forecast})
 
 
 @config_app.command("show")
@@ -239,9 +250,19 @@ class _Protocol(HttpToolsProtocol):
         pass
 
 
+class _Server(uvicorn.Server):
+    """Tells the gateway first that it shuts down: held turns would keep it from doing so."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app_gateway = getattr(getattr(self.config.app, "state", None), "gateway", None)
+        if app_gateway is not None:
+            app_gateway.shut_down()
+        await super().shutdown(sockets)
+
+
 def server(settings: Settings, asgi_app: Any) -> uvicorn.Server:
     """uvicorn, set up for `asgi_app`; its logs go where the gateway's go."""
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             asgi_app,
             loop="uvloop",

@@ -78,6 +78,7 @@ def _allowed(text: str) -> dict[str, Any]:
 
 Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
+Weight: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
@@ -228,6 +229,37 @@ class RoutingSettings(_Model):
     """How a pod is chosen: least expected seconds to the first token, or one of three baselines."""
 
 
+class AdmissionSettings(_Model):
+    mode: Literal["enforce", "observe", "off"] = "enforce"
+    """`enforce` holds turns that do not fit a pod's KV cache; a pod whose capacity is not known
+    holds none. `observe` holds nothing and reports what it would have done. `off` only routes."""
+    max_held: Count = 1_000
+    """Turns held at once; more are answered 429."""
+    max_hold_s: Seconds = 270.0
+    """Longest hold of a turn that streams."""
+    max_hold_unstreamed_s: Seconds = 120.0
+    """Longest hold of a turn that does not stream."""
+    heartbeat_s: Seconds = 10.0
+    """Time between two comments in the stream of a held turn; the first comes after half of it."""
+    age_bound_s: Seconds = 60.0
+    """A turn may be held this long beyond its fair share; then no other passes it."""
+    tenant_weights: Annotated[dict[str, Weight], BeforeValidator(_split_pairs)] = Field(
+        default={}, json_schema_extra=_allowed("TENANT=NUMBER[,TENANT=NUMBER…], a NUMBER > 0")
+    )
+    """Shares of the pods between tenants whose turns wait; a tenant not named has 1."""
+
+
+class HintSettings(_Model):
+    enabled: bool = True
+    """Tell pods that take hints when sessions are expected back."""
+    token: SecretStr | None = None
+    """Sent to pods as `X-Kv-Hints-Token`."""
+    trusted_tenants: Annotated[tuple[str, ...], BeforeValidator(_split_list)] = Field(
+        default=(), json_schema_extra=_allowed("TENANT[,TENANT…]")
+    )
+    """Tenants whose own hints reach the pods; those of all others are taken out."""
+
+
 class RelaySettings(_Model):
     connect_timeout_s: Seconds = 5.0
     """Longest wait for a connection to a pod."""
@@ -246,6 +278,28 @@ class SessionSettings(_Model):
     """Sessions remembered; the least recently used is forgotten first."""
     ttl_s: Seconds = 86_400.0
     """A session not seen for this long is forgotten."""
+
+
+class ForecastSettings(_Model):
+    state_file: Path | None = Field(default=None, json_schema_extra=_allowed("a path, or off"))
+    """Where what was learned of gaps is kept. Unset, `cachewise serve` takes
+    `$XDG_STATE_HOME/cachewise/forecast.npz` (`~/.local/state` without the variable); `off` keeps
+    nothing."""
+    save_interval_s: Seconds = 300.0
+    """Time between two saves; one more is made at shutdown."""
+    max_nodes: Annotated[int, Field(ge=1_000, le=10_000_000)] = 100_000
+    """Places in the hierarchy remembered, of about 400 bytes each; the least recently used is
+    forgotten first."""
+
+    @property
+    def off(self) -> bool:
+        return self.state_file == Path("off")
+
+
+def default_state_file(env: Mapping[str, str]) -> Path:
+    """Where `cachewise serve` keeps the forecast's state if nothing else is set."""
+    home = env.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(home) / "cachewise" / "forecast.npz"
 
 
 class ProbeSettings(_Model):
@@ -419,8 +473,11 @@ class Settings(BaseSettings):
     models: ModelSettings = ModelSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
     routing: RoutingSettings = RoutingSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    hints: HintSettings = HintSettings()
     relay: RelaySettings = RelaySettings()
     sessions: SessionSettings = SessionSettings()
+    forecast: ForecastSettings = ForecastSettings()
     probe: ProbeSettings = ProbeSettings()
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()
@@ -534,8 +591,9 @@ def allowed(field: FieldInfo) -> str:
 def shown(value: Any, field: FieldInfo) -> str:
     """A value as `cachewise config show` and the reference write it; secrets are masked."""
     if isinstance(value, tuple | dict) and value and not is_secret(field):
-        items = value.items() if isinstance(value, dict) else ((pod.url,) for pod in value)
-        return ",".join("=".join(item) for item in items)
+        if isinstance(value, dict):
+            return ",".join(f"{key}={item}" for key, item in value.items())
+        return ",".join(item.url if isinstance(item, PodSettings) else item for item in value)
     if value is None or value == () or value == {}:
         return "-"
     if is_secret(field):

@@ -65,6 +65,29 @@ def render(error: GatewayError, dialect: Dialect) -> tuple[int, list[tuple[bytes
     return error.status, headers, body
 
 
+def shutting_down() -> GatewayError:
+    return GatewayError(503, "shutting_down", "The gateway is shutting down.", retry_after_s=1)
+
+
+def no_pod_ready(model: str) -> GatewayError:
+    return GatewayError(
+        503,
+        "no_pod_ready",
+        f"No pod that serves {model[:128]!r} is ready; try again shortly.",
+        retry_after_s=2,
+    )
+
+
+def pods_error(status: int, body: bytes) -> GatewayError:
+    """An error response of a pod's, to be told within a stream whose headers are out already."""
+    try:
+        error = orjson.loads(body)["error"]
+        message, code = str(error["message"]), str(error.get("code") or error.get("type"))
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+        message, code = f"The pod answered {status}.", "pod_error"
+    return GatewayError(status, code, message)
+
+
 def stream_error(error: GatewayError, wire: Wire) -> bytes:
     """The last bytes of an event stream that cannot be completed.
 

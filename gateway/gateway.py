@@ -7,10 +7,13 @@ from functools import lru_cache
 from hashlib import blake2b
 
 from gateway.access import Access, Tenant
+from gateway.closed_loop import ClosedLoop
 from gateway.config import Settings
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, no_pod_ready
 from gateway.fleet.discovery import discovery
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.pod import Pod
+from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
@@ -33,11 +36,24 @@ class Gateway:
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
-        self.fleet.removed.append(lambda pod: self.metrics.forget(pod.name))
+        self.foresight = Foresight(settings.forecast, self.metrics)
+        self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
+        self.trusted = frozenset(settings.hints.trusted_tenants)
+        self.fleet.removed = self.pod_removed
         self.aliases = dict(settings.models.aliases)
         self.draining = False
-        self.turns_routed = 0
+        self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+
+    def pod_removed(self, pod: Pod) -> None:
+        """Nothing is kept of a pod that has left the fleet."""
+        self.metrics.forget(pod.name)
+        self.loop.hints.forget(pod)
+
+    def shut_down(self) -> None:
+        """From now on turns are refused, held ones too; those that run go on."""
+        self.draining = True
+        self.loop.shut_down()
 
     def served_model(self, model: str) -> str:
         """The model that pods know for the name a client used. Raises `GatewayError` 404."""
@@ -48,9 +64,7 @@ class Gateway:
             return served
         known = sorted({name for pod in self.fleet for name in pod.models})
         if not known:
-            raise GatewayError(
-                503, "no_pod_ready", "No pod is ready yet; try again shortly.", retry_after_s=2
-            )
+            raise no_pod_ready(model)
         names = ", ".join(known[:8])
         if served is not None:
             raise GatewayError(

@@ -6,6 +6,7 @@ session, key, path or text of a client is ever a label.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Generic, TypeVar
 
 from prometheus_client import (
@@ -20,12 +21,14 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from gateway.admission import Admission
 from gateway.fleet.fleet import Fleet
 from gateway.sessions import SessionStore
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+HOLD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 90, 120, 180, 240, 300)
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
 
 
@@ -161,6 +164,33 @@ class Metrics:
                 registry=registry,
             )
         )
+        self.forecasts = Family(
+            Counter(
+                "cachewise_forecast_gaps",
+                "Gaps that ended and had been forecast.",
+                ("tool_kind",),
+                registry=registry,
+            )
+        )
+        self.forecasts_below = Family(
+            Counter(
+                "cachewise_forecast_gaps_below",
+                "Of these, gaps no longer than the quantile forecast for them.",
+                ("tool_kind", "quantile"),
+                registry=registry,
+            )
+        )
+        self.forecast_nodes = Gauge(
+            "cachewise_forecast_nodes",
+            "Places in the forecast's hierarchy of tools, programs, tenants and sessions.",
+            registry=registry,
+        )
+        self.forecast_saves = Counter(
+            "cachewise_forecast_saves",
+            "Saves of what the forecast has learned, by how they ended.",
+            ("result",),
+            registry=registry,
+        )
         self.prefix_breaks = Counter(
             "cachewise_prefix_breaks",
             "Turns whose prompt did not extend the one before, by cause.",
@@ -178,6 +208,41 @@ class Metrics:
                 "cachewise_route_decisions",
                 "Routing decisions by reason.",
                 ("policy", "reason"),
+                registry=registry,
+            )
+        )
+        self.lost_tokens = Family(
+            Counter(
+                "cachewise_lost_tokens",
+                "Prompt tokens that were not cached, and cached ones given up, by cause.",
+                ("loss",),
+                registry=registry,
+            )
+        )
+        self.holds = Family(
+            Histogram(
+                "cachewise_hold_seconds",
+                "How long turns were held, by how it ended.",
+                ("hold_end",),
+                buckets=HOLD_BUCKETS,
+                registry=registry,
+            )
+        )
+        self.held = Gauge(
+            "cachewise_held_turns",
+            "Turns held now (`observe`: that would be).",
+            registry=registry,
+        )
+        self.saved_tokens = Counter(
+            "cachewise_saved_tokens",
+            "`observe`: tokens lost to eviction that `enforce` would have kept, an estimate.",
+            registry=registry,
+        )
+        self.hints = Family(
+            Counter(
+                "cachewise_hints",
+                "Actions of hints by what became of them.",
+                ("hint_result",),
                 registry=registry,
             )
         )
@@ -233,6 +298,43 @@ class Metrics:
             "Times that discovery could not ask where the pods are.",
             registry=registry,
         )
+        self.pod_places = Gauge(
+            "cachewise_pod_admitted_sessions",
+            "Sessions that have a place on the pod.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_admitted = Gauge(
+            "cachewise_pod_admitted_tokens",
+            "Tokens of these places, shared prefixes once.",
+            ("pod", "lane"),
+            registry=registry,
+        )
+        self.pod_budget = Gauge(
+            "cachewise_pod_budget_tokens",
+            "Tokens that the pod's places may have; absent if its capacity is not known.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_reserve = Gauge(
+            "cachewise_pod_reserve_ratio",
+            "The budget's share of the pod's capacity.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_regret = Gauge(
+            "cachewise_pod_regret_ratio",
+            "Share of the tokens that admitted sessions left on the pod and did not find again.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_horizon = Gauge(
+            "cachewise_pod_hold_horizon_seconds",
+            "A place is kept for a session expected back within about this time; absent if the"
+            " pod's capacity is not known.",
+            ("pod",),
+            registry=registry,
+        )
         self.loop_lag = Gauge(
             "cachewise_event_loop_lag_seconds",
             "How late the event loop woke a timer last, at the worst of the last ten.",
@@ -256,7 +358,13 @@ class Metrics:
                 for values in [values for values in kept if values[at] == pod]:
                     del kept[values]
 
-    def refresh(self, fleet: Fleet, sessions: SessionStore, log_lines_dropped: int) -> None:
+    def refresh(
+        self,
+        fleet: Fleet,
+        sessions: SessionStore,
+        admission: Admission,
+        log_lines_dropped: int,
+    ) -> None:
         """Set the gauges from the state they mirror; called at each scrape."""
         states = {"running": 0, "idle": 0, "ended": 0}
         for session in sessions:
@@ -267,8 +375,28 @@ class Metrics:
         _raise_to(self.log_lines_dropped, log_lines_dropped)
         if fleet.discovery is not None:
             _raise_to(self.discovery_failures, fleet.discovery.failures)
-        for gauge in (self.pod_capacity, self.pod_kv_usage):
+        for gauge in (
+            self.pod_capacity,
+            self.pod_kv_usage,
+            self.pod_places,
+            self.pod_admitted,
+            self.pod_budget,
+            self.pod_reserve,
+            self.pod_regret,
+            self.pod_horizon,
+        ):
             gauge.clear()
+        self.held.set(admission.held_count)
+        _raise_to(self.saved_tokens, admission.saved_tokens)
+        for name, book in admission.books.items():
+            self.pod_places.labels(name).set(len(book.places))
+            self.pod_admitted.labels(name, "agent").set(book.tokens)
+            self.pod_admitted.labels(name, "aside").set(book.aside_tokens)
+            self.pod_reserve.labels(name).set(book.reserve)
+            self.pod_regret.labels(name).set(book.regret)
+            if book.budget_tokens < inf:
+                self.pod_budget.labels(name).set(book.budget_tokens)
+                self.pod_horizon.labels(name).set(book.horizon_s)
         for pod in fleet:
             self.pod_ready.labels(pod.name).set(pod.takes_turns)
             self.pod_in_flight.labels(pod.name).set(pod.in_flight)
@@ -312,9 +440,22 @@ LABELS = {
     "cause": "`model`, `tools`, `system`, `compaction`, `edit`, `truncation`",
     "policy": "the routing policy",
     "reason": "`only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
-    " [how it works](how-it-works.md)",
-    "stage": "where a fault was survived: `session`, `route`, `observe`, `settle`",
+    " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`",
+    "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
+    " `hint`, `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found)",
+    "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
+    " `pod_restart`, `evicted`; see [admission](admission.md)",
+    "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"
+    " `shutdown`, `failed`; `observed`: would have been held",
+    "lane": "`agent`, `aside`",
+    "hint_result": "the pod's answer: `applied`, `clipped`, `rejected`, `unsupported`; or `failed`"
+    " (not delivered), `dropped` (the queue was full)",
     "status": "an HTTP status code",
+    "tool_kind": "what was waited for: `shell`, `poll`, `read`, `edit`, `search`, `plan`,"
+    " `subagent`, `message`, `web`, `human`, `background`, `mcp`, `other`, `ended`",
+    "quantile": "`0.025`, `0.1`, `0.25`, `0.5`, `0.75`, `0.9`, `0.975`; calibrated, the share of"
+    " gaps below is just this number",
+    "result": "`ok`, `failed`",
     "state": "`running`, `idle`, `ended`",
 }
 

@@ -48,10 +48,11 @@ NOT_SENT_ON = HOP_BY_HOP | {
     b"x-cachewise-priority",
     b"x-cachewise-route",
     b"x-data-parallel-rank",
+    b"x-kv-hints-token",
     b"x-session-id",
 }
 """Request headers the gateway answers for itself. Pods answer uncompressed, so that the observer
-can read; the body was decompressed; the session id and the rank are the gateway's own."""
+can read; the body was decompressed; session id, rank, right to hint are the gateway's own."""
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
 
@@ -248,8 +249,10 @@ class Answer:
         extra: Sequence[tuple[bytes, bytes]] = (),
         observe: Callable[[bytes], None] | None = None,
         unobserved: Callable[[], None] | None = None,
+        begun: bool = False,
     ) -> None:
-        """Give the client the answer.
+        """Give the client the answer; with ``begun`` without its headers, as they went out while
+        the turn was held.
 
         ``observe`` sees a copy of each chunk; if it raises it is not called again, and
         ``unobserved`` is, once, within the handling of its exception. Raises `BrokenOffError` if
@@ -261,7 +264,8 @@ class Answer:
             drop |= {b"content-length"}  # an error event may have to follow
         headers = [(n, v) for n, v in raw_headers if n.lower() not in drop]
         headers.extend(extra)
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        if not begun:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
         chunk, self._first = self._first, b""
         if self.whole:
             await send({"type": "http.response.body", "body": chunk, "more_body": False})
@@ -293,6 +297,11 @@ class Answer:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})
+
+    @property
+    def body(self) -> bytes:
+        """All of an answer that is `whole`, else what has come of it."""
+        return self._first
 
     def close(self) -> None:
         """Give the connection back if the answer was read to its end, else cut it: the pod then

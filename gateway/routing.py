@@ -5,6 +5,7 @@ For each pod that serves the model and is ready:
     queue_s   = prefill tokens queued there / its prefill rate
     prefill_s = (prompt tokens - resident tokens) / its prefill rate
     crowd_s   = sessions living there × its mean prefill seconds of a turn   (homeless turns only)
+    hold_s    = seconds until the pod would admit it (`gateway.admission`; 0 without)
 
 The smallest sum wins. So a session stays where its KV is, unless waiting there costs more than
 computing the prompt elsewhere; a session without a home (new, or its KV believed gone) takes the
@@ -17,7 +18,7 @@ Pure: all inputs are arguments, the result explains itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,9 @@ import xxhash
 from gateway.fleet.pod import Pod
 
 Policy = Literal["expected_ttft", "least_loaded", "round_robin", "session_hash"]
-Reason = Literal["only", "home", "moved", "shared_prefix", "least_loaded", "policy", "fallback"]
+Reason = Literal[
+    "only", "home", "moved", "shared_prefix", "least_loaded", "admitted", "policy", "fallback"
+]
 
 STAY_S = 0.05
 """A move must gain at least this much."""
@@ -43,10 +46,11 @@ class Candidate:
     queue_s: float
     prefill_s: float
     crowd_s: float
+    hold_s: float = 0.0
 
     @property
     def total_s(self) -> float:
-        return self.queue_s + self.prefill_s + self.crowd_s
+        return self.queue_s + self.prefill_s + self.crowd_s + self.hold_s
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,6 +78,7 @@ class Decision:
                     "queue_s": round(c.queue_s, 4),
                     "prefill_s": round(c.prefill_s, 4),
                     "crowd_s": round(c.crowd_s, 4),
+                    "hold_s": round(c.hold_s, 4),
                     "total_s": round(c.total_s, 4),
                 }
                 for c in self.candidates
@@ -109,9 +114,14 @@ def weigh(pod: Pod, arrival: Arrival) -> tuple[int, bool]:
 
 
 def choose(
-    pods: Sequence[Pod], arrival: Arrival, policy: Policy = "expected_ttft", turn_number: int = 0
+    pods: Sequence[Pod],
+    arrival: Arrival,
+    policy: Policy = "expected_ttft",
+    turn_number: int = 0,
+    hold_s: Callable[[Pod], float] | None = None,
 ) -> Decision:
-    """Choose among ``pods`` (not empty, all able to serve). ``turn_number`` drives round robin."""
+    """Choose among ``pods`` (not empty, all able to serve). ``turn_number`` drives round robin;
+    ``hold_s`` says how long a pod would keep the turn waiting for a place."""
     at_home = False
     weighed: list[tuple[Pod, int]] = []
     for pod in pods:
@@ -133,6 +143,7 @@ def choose(
                 pod.queued_prefill_tokens / tokens_per_s,
                 (arrival.prompt_tokens - resident_tokens) / tokens_per_s,
                 crowd_s,
+                hold_s(pod) if hold_s is not None else 0.0,
             )
         )
 

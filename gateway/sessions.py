@@ -12,7 +12,7 @@ sessions, and take ``now``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count, islice, takewhile
@@ -38,6 +38,7 @@ from gateway.idle import (
     waited_for,
     went_to_background,
 )
+from gateway.predictor import Forecast
 from gateway.prefix import (
     HEAD_SEGMENTS,
     Prefix,
@@ -110,6 +111,10 @@ class Session:
     final: bool = False
     decision: Decision | None = None
     """How the latest turn was routed."""
+    forecast: Forecast | None = None
+    """Of the gap it is in; None while a turn is in flight or where none could be made."""
+    answer_tokens: float = 500.0
+    """Length of its answers: a mean that forgets."""
 
     @property
     def state(self) -> str:
@@ -161,6 +166,8 @@ class SessionStore:
         self._unnamed = token_hex(16)
         self._numbers = count()
         self.evicted_total = 0
+        self.on_forget: Callable[[Session], None] = lambda session: None
+        """Called with each session that is forgotten."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -433,6 +440,7 @@ class SessionStore:
             return
         if outcome.usage is not None and outcome.usage.prompt_tokens:
             session.usage = outcome.usage
+            session.answer_tokens += 0.3 * (outcome.usage.output_tokens - session.answer_tokens)
             if turn.change.total_bytes:
                 session.tokens_per_byte = outcome.usage.prompt_tokens / turn.change.total_bytes
         if outcome.response_id is not None and len(outcome.response_id) <= MAX_ID_CHARS:
@@ -445,10 +453,11 @@ class SessionStore:
                 _leave_running(session, call.id, planned=call.name in STARTS_BACKGROUND)
         session.waiting_for = tuple(call.name[:128] for call in calls[:CALLS_KEPT])
         session.idle_since = now
-        session.idle_kind = self._idle_kind(turn, calls)
+        session.idle_kind = self.idle_kind_after(turn, calls)
 
     @staticmethod
-    def _idle_kind(turn: Turn, calls: list[ToolCall]) -> IdleKind:
+    def idle_kind_after(turn: Turn, calls: list[ToolCall]) -> IdleKind:
+        """What the session will wait for after an answer with these calls."""
         session = turn.session
         if session.final or turn.request_class == "auxiliary":
             return "ended"
@@ -516,6 +525,7 @@ class SessionStore:
             self._forget_response(session, place)
         if session.prefix is not None:
             self._tails.forget(session.scope, session.prefix, session.key)
+        self.on_forget(session)
 
 
 def _public(key: str) -> str:

@@ -1,6 +1,7 @@
 """One turn, from arrival to last byte: the flow of the design, top to bottom.
 
-    access → body → parse → sessions.begin → route → relay (an observer reads a copy) → sessions.end
+    access → body → parse → sessions.begin → admission (may hold) → relay (an observer reads a copy;
+    at the tool calls the pod is told what to expect) → sessions.end → admission.end
 
 What is clever may fail and the turn goes on as a plain relay: such a fault is counted in
 ``cachewise_degraded_total`` and logged once a turn. Every count that a turn raises is lowered again
@@ -10,28 +11,26 @@ on every exit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import orjson
 
-from gateway.access import Tenant, Unauthorized
-from gateway.decompress import decompress
-from gateway.dialects import (
-    Dialect,
-    MalformedRequestError,
-    parse,
-    read_model,
-    splice_model,
-)
+from gateway.access import Tenant
+from gateway.admission import Ask, Ended, GapForecast, QueueFull, Ticket
+from gateway.ask import ask_for, priority_of
+from gateway.conductor import Run
+from gateway.dialects import Dialect, MalformedRequestError, parse, without_hints
 from gateway.dialects.turn import Observer, TurnOutcome, TurnRequest
-from gateway.errors import Dialect as Family
-from gateway.errors import GatewayError, render, stream_error
+from gateway.errors import GatewayError, pods_error, shutting_down, stream_error
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway, scope_of
-from gateway.logs import turn_logged
+from gateway.hold import HeldTurn, HoldEnd, patience, queue_full
+from gateway.holds import Priority
 from gateway.relay import (
     Answer,
     BrokenOffError,
@@ -41,23 +40,22 @@ from gateway.relay import (
     PodError,
     Refused,
     TimedOut,
-    read_body,
-    too_large,
 )
-from gateway.routing import Arrival, Decision, choose
+from gateway.request import (
+    Receive,
+    Scope,
+    Send,
+    authenticate,
+    map_model,
+    no_answer,
+    request_body,
+    send_error,
+)
+from gateway.routing import Decision, choose
 from gateway.sessions import Turn
+from gateway.turn_log import log_turn
 
 logger = logging.getLogger("gateway.turns")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[Any], Awaitable[None]]
-
-LARGE_BODY_BYTES = 256 * 1024
-"""Compressed bodies above this unfold in a thread, not on the event loop."""
-HEAD_SEGMENTS = (3, 2, 1)
-"""Prefix links under which a prompt's beginning is shared between sessions: up to the second
-message, the first message, the system prompt."""
 
 
 class TurnEndpoint:
@@ -84,18 +82,27 @@ class TurnFlow:
         self.send = send
         self.started_at = time.monotonic()
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.priority: Priority = "interactive"
         self.tenant: Tenant | None = None
         self.request: TurnRequest | None = None
         self.turn: Turn | None = None
+        self.ticket: Ticket | None = None
+        """Open from admission to the end of the try on a pod."""
+        self.pod_run: Run | None = None
         self.decision: Decision | None = None
         self.observer: Observer | None = None
+        self.forecast: GapForecast | None = None
+        self.told = False
+        """Whether the pod has been told of the gap that follows."""
         self.responding = False
         self.event_stream = False
         self.outcome = "failed"
         self.status = 0
+        self.waiting_since: float | None = None
+        """Its arrival, or that of its first try if it was sent away."""
         self.attempts = 0
+        self.held_s = 0.0
         self.first_byte_s: float | None = None
-        self.tokens_ahead = 0
 
     async def run(self) -> None:
         """Serve the turn; whatever happens, the client gets an answer and the books balance."""
@@ -132,10 +139,14 @@ class TurnFlow:
         if gateway.draining:
             raise shutting_down()
         self.tenant = authenticate(gateway, self.scope)
+        self.priority = priority_of(self.headers)
         body = await request_body(gateway, self.headers, self.receive)
         arrived_at = time.monotonic()
         try:
             request = parse(self.dialect, body)
+            if request.hinted and self.tenant.name not in gateway.trusted:
+                body = without_hints(body)
+                request.hinted = False
         except MalformedRequestError as error:
             raise GatewayError(400, "invalid_request", str(error)) from None
         self.request = request
@@ -166,34 +177,9 @@ class TurnFlow:
         if turn.change.cause is not None:
             metrics.prefix_breaks.labels(turn.change.cause).inc()
             metrics.prefix_lost_tokens.labels(turn.change.cause).inc(turn.lost_tokens)
+        with self._survived("forecast"):
+            gateway.loop.gap_ended(turn, self.headers)
         return turn
-
-    def _route(self, pods: Sequence[Pod], request: TurnRequest) -> Decision:
-        gateway = self.gateway
-        gateway.turns_routed += 1
-        policy = gateway.settings.routing.policy
-        try:
-            decision = choose(pods, self._arrival(), policy, gateway.turns_routed)
-        except Exception:
-            self._degraded("route")
-            pod = min(pods, key=lambda pod: pod.in_flight)
-            decision = Decision(pod, policy, "fallback", 0, 1, ())
-        gateway.metrics.decisions[decision.policy, decision.reason].inc()
-        return decision
-
-    def _arrival(self) -> Arrival:
-        turn = self.turn
-        if turn is None:
-            return Arrival(sid="", prompt_tokens=1, same_tokens=0, heads=[])
-        session = turn.session
-        return Arrival(
-            sid=session.sid,
-            prompt_tokens=turn.prompt_tokens,
-            same_tokens=turn.same_tokens,
-            heads=turn.heads(HEAD_SEGMENTS),
-            home=session.pod,
-            relative=turn.forked_from,
-        )
 
     # -- to the pod and back ---------------------------------------------------------------------
 
@@ -209,57 +195,188 @@ class TurnFlow:
                 break
             again = None
             self.attempts += 1
-            decision = self.decision = self._route(pods, request)
-            pod = decision.pod
-            uncached_tokens = decision.prompt_tokens - decision.resident_tokens
-            with pod.serving(uncached_tokens) as prefill:
-                self.tokens_ahead = pod.queued_prefill_tokens - uncached_tokens
-                sent_at = time.monotonic()
-                if self.attempts == 1:
-                    gateway.metrics.overhead.observe(sent_at - self.started_at)
-                try:
-                    answer = await gateway.relay.open(
-                        pod,
-                        "POST",
-                        self.dialect.path,
-                        self.scope["query_string"].decode("latin-1"),
-                        gateway.relay.headers_for(
-                            pod,
-                            self.scope["headers"],
-                            self.turn.session.sid if self.turn is not None else None,
-                        ),
-                        body,
-                    )
-                except PodError as error:
-                    last = error
-                    if isinstance(error, TimedOut):
-                        break
-                    if isinstance(error, Refused):
-                        gateway.fleet.lost(pod, str(error))
-                    elif isinstance(error, Dropped) and pod.ready and pod not in failed:
-                        again = pod  # a kept connection may have been closed for age
+            pod = await self._admitted(request, pods)
+            sent_at = time.monotonic()
+            if self.attempts == 1:
+                gateway.metrics.overhead.observe(sent_at - self.started_at - self.held_s)
+            try:
+                answer = await gateway.relay.open(
+                    pod,
+                    "POST",
+                    self.dialect.path,
+                    self.scope["query_string"].decode("latin-1"),
+                    self._pod_headers(pod, request),
+                    body,
+                )
+            except PodError as error:
+                self._leave_pod()
+                last = error
+                if isinstance(error, TimedOut):
+                    break
+                if isinstance(error, Refused):
+                    gateway.fleet.lost(pod, str(error))
+                elif isinstance(error, Dropped) and pod.ready and pod not in failed:
+                    again = pod  # a kept connection may have been closed for age
+                failed.append(pod)
+                gateway.metrics.retries.labels(error.reason).inc()
+                continue
+            try:
+                if (
+                    answer.status == 503
+                    and self.attempts < gateway.settings.relay.max_attempts
+                    and gateway.fleet.able(request.model, [*failed, pod])
+                ):
+                    self._leave_pod()
                     failed.append(pod)
-                    gateway.metrics.retries.labels(error.reason).inc()
+                    gateway.metrics.retries.labels("status_503").inc()
                     continue
-                try:
-                    pod.prefilled(prefill)
-                    if (
-                        answer.status == 503
-                        and self.attempts < gateway.settings.relay.max_attempts
-                        and gateway.fleet.able(request.model, [*failed, pod])
-                    ):
-                        failed.append(pod)
-                        gateway.metrics.retries.labels("status_503").inc()
-                        continue
-                    await self._pass_on(answer, pod, sent_at)
-                finally:
-                    answer.close()
-                return
+                await self._pass_on(answer, pod, sent_at)
+            finally:
+                answer.close()
+            return
         raise no_answer(request.model, last)
 
+    async def _admitted(self, request: TurnRequest, pods: Sequence[Pod]) -> Pod:
+        """The pod that takes the turn, once it has a place there: `_leave_pod` or `_settle` gives
+        it back. Raises `GatewayError` if it is held too long."""
+        gateway = self.gateway
+        ticket = self.ticket = self._arrive(self._ask(request), pods)
+        gateway.loop.open.add(ticket)
+        if ticket.held and gateway.loop.admission.mode == "enforce":
+            await self._hold(ticket)
+        self.decision = ticket.decision
+        self.pod_run = gateway.loop.conductor.start(ticket, time.monotonic())
+        gateway.metrics.decisions[ticket.decision.policy, ticket.decision.reason].inc()
+        return ticket.decision.pod
+
+    def _ask(self, request: TurnRequest) -> Ask:
+        gateway = self.gateway
+        assert self.tenant is not None
+        gateway.turns_asked += 1
+        ask = ask_for(
+            self.turn,
+            request,
+            self.tenant.name,
+            gateway.settings.admission.tenant_weights.get(self.tenant.name, 1.0),
+            self.priority,
+            gateway.turns_asked,
+        )
+        if self.waiting_since is None:
+            away_since = gateway.loop.sent_away.arrived_at(ask.arrival.sid, self.started_at)
+            self.waiting_since = self.started_at if away_since is None else away_since
+        return replace(ask, arrived_at=self.waiting_since)
+
+    def _arrive(self, ask: Ask, pods: Sequence[Pod]) -> Ticket:
+        """Ask admission; where it fails, choose a pod without it."""
+        gateway = self.gateway
+        now = time.monotonic()
+        try:
+            return gateway.loop.conductor.arrive(ask, pods, now)
+        except QueueFull:
+            gateway.loop.sent_away.add(ask.arrival.sid, ask.arrived_at or now, now)
+            self._hold_ended("queue_full", 0.0)
+            raise queue_full(gateway.turns_asked % 32 / 32) from None
+        except Exception:
+            self._degraded("admission")
+        self._strike(ask, now)
+        policy = gateway.settings.routing.policy
+        try:
+            decision = choose(pods, ask.arrival, policy, gateway.turns_asked)
+        except Exception:
+            self._degraded("route")
+            pod = min(pods, key=lambda pod: pod.in_flight)
+            decision = Decision(pod, policy, "fallback", 0, 1, ())
+        return Ticket(ask, decision, now, -1)
+
+    async def _hold(self, ticket: Ticket) -> None:
+        """Wait for a place as the client can bear it."""
+        loop = self.gateway.loop
+        assert self.request is not None
+        held = ticket.context = HeldTurn(self.send)
+        if self.responding:
+            held.began = True
+        with self._survived("hint"):
+            loop.tell_held(ticket)
+        began_at = time.monotonic()
+        end: HoldEnd = "failed"
+        loop.waiting.add(ticket)
+        try:
+            await held.wait(
+                patience(self.gateway.settings.admission, self.headers, self.request.stream)
+            )
+            end = "released"
+        except GatewayError as error:
+            end = HOLD_ENDS.get(error.code, "failed")
+            raise
+        except asyncio.CancelledError:
+            end = "shutdown" if self.gateway.draining else "client_gone"
+            raise
+        finally:
+            loop.waiting.discard(ticket)
+            if held.began:
+                self.responding = self.event_stream = True
+                self.status = 200
+            now = time.monotonic()
+            self.held_s += now - began_at
+            self._hold_ended(end, now - began_at)
+            if end in ("too_long", "client_gone"):
+                loop.sent_away.add(ticket.ask.arrival.sid, ticket.arrived_at, now)
+
+    def _hold_ended(self, end: HoldEnd, held_s: float) -> None:
+        self.gateway.metrics.holds[end,].observe(held_s)
+
+    def _leave_pod(self, ended: Ended | None = None) -> None:
+        """The try on this pod is over: give back all that it holds. Idempotent; must not raise."""
+        ticket, run = self.ticket, self.pod_run
+        self.ticket = self.pod_run = None
+        if ticket is None:
+            return
+        loop = self.gateway.loop
+        loop.open.discard(ticket)
+        now = time.monotonic()
+        try:
+            if run is None:
+                loop.admission.end(ticket, now)
+                return
+            losses = loop.conductor.end(run, now, ended)
+            for cause, tokens in losses.items():
+                self.gateway.metrics.lost_tokens[cause,].inc(tokens)
+            if loop.admission.mode == "observe" and ticket.held_s > 0:
+                self._hold_ended("observed", ticket.held_s)
+        except Exception:
+            self._degraded("admission")
+            self._strike(ticket.ask, now)
+            if run is not None:
+                run.serving.__exit__(None, None, None)  # does nothing the second time
+
+    def _strike(self, ask: Ask, now: float) -> None:
+        """Take out what a fault may have left of the turn in admission's books."""
+        with contextlib.suppress(Exception):
+            self.gateway.loop.strike(ask, now)
+
+    def _pod_headers(self, pod: Pod, request: TurnRequest) -> list[tuple[str, str]]:
+        gateway = self.gateway
+        session_id = self.turn.session.sid if self.turn is not None else None
+        headers = gateway.relay.headers_for(pod, self.scope["headers"], session_id)
+        token = gateway.settings.hints.token
+        if request.hinted and token is not None:
+            headers.append(("X-Kv-Hints-Token", token.get_secret_value()))
+        return headers
+
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
-        self.first_byte_s = time.monotonic() - sent_at
-        self.gateway.metrics.first_byte[pod.name,].observe(time.monotonic() - self.started_at)
+        now = time.monotonic()
+        self.first_byte_s = now - sent_at
+        self.gateway.metrics.first_byte[pod.name,].observe(now - self.started_at)
+        run = self.pod_run
+        assert run is not None
+        if answer.event_stream and answer.status < 300 and self.turn is not None:
+            self.gateway.loop.conductor.first_token(run, now)
+        else:
+            pod.prefilled(run.prefill)
+        if self.responding and (answer.status >= 300 or not answer.event_stream):
+            await self._tell_in_stream(pods_error(answer.status, answer.body))
+            self.outcome = "pod_error"
+            return
         self.status = answer.status
         self.event_stream = answer.event_stream
         if answer.status < 300:
@@ -268,14 +385,38 @@ class TurnFlow:
         extra: list[tuple[bytes, bytes]] = []
         if b"x-cachewise-route" in self.headers and self.decision is not None:
             extra.append((b"x-cachewise-route", orjson.dumps(self.decision.explain())))
-        self.responding = True
-        feed = self.observer.feed if self.observer is not None else None
-        await answer.pass_on(self.send, extra, feed, self._unobserved)
+        begun, self.responding = self.responding, True
+        await answer.pass_on(self.send, extra, self._observing(), self._unobserved, begun)
         self.outcome = "ok" if answer.status < 400 else "pod_error"
+
+    def _observing(self) -> Callable[[bytes], None] | None:
+        """What reads the copy: the observer, and once it knows why the answer ends, the loop."""
+        observer = self.observer
+        if observer is None or not self.event_stream:
+            return observer.feed if observer is not None else None
+        feed, outcome = observer.feed, observer.outcome
+
+        def observe(chunk: bytes) -> None:
+            feed(chunk)
+            if outcome.stop_reason is not None and not self.told:
+                self._foretell(outcome, time.monotonic())
+
+        return observe
 
     def _unobserved(self) -> None:
         self.observer = None
         self._degraded("observe")
+
+    def _foretell(self, outcome: TurnOutcome, now: float) -> None:
+        """The answer asks for its tools: forecast the gap, tell the pod."""
+        turn, run = self.turn, self.pod_run
+        self.told = True
+        if turn is None or run is None or outcome.error:
+            return
+        with self._survived("forecast"):
+            loop = self.gateway.loop
+            kind = self.gateway.sessions.idle_kind_after(turn, outcome.tool_calls)
+            self.forecast = loop.gap_begins(turn.session, outcome.tool_calls, kind, run.pod, now)
 
     async def _answer_error(self, error: GatewayError) -> None:
         """Say it as the dialect does. An answer that has begun and is no event stream cannot say
@@ -285,8 +426,11 @@ class TurnFlow:
             self.status = error.status
             await send_error(self.gateway, error, self.dialect.family, self.send)
         elif self.event_stream:
-            last = stream_error(error, self.dialect.wire)
-            await self.send({"type": "http.response.body", "body": last, "more_body": False})
+            await self._tell_in_stream(error)
+
+    async def _tell_in_stream(self, error: GatewayError) -> None:
+        last = stream_error(error, self.dialect.wire)
+        await self.send({"type": "http.response.body", "body": last, "more_body": False})
 
     # -- closing the books -----------------------------------------------------------------------
 
@@ -298,18 +442,27 @@ class TurnFlow:
         turn = self.turn
         if self.outcome == "client_gone" and outcome is not None and outcome.stop_reason:
             self.outcome = "ok"  # SDKs close the connection once they have read the last event
+        ended: Ended | None = None
         if turn is not None:
+            answered = self.outcome == "ok" and outcome is not None and not outcome.error
             try:
-                answered = self.outcome == "ok" and outcome is not None and not outcome.error
                 gateway.sessions.end(turn, outcome if answered else None, now)
+                if answered:
+                    assert outcome is not None
+                    if not self.told:
+                        self._foretell(outcome, now)
+                    ended = self._ended(turn, outcome)
+                elif self.told:
+                    gateway.loop.gap_is_off(turn.session)
                 self._learn(turn, outcome)
             except Exception:
                 self._degraded("settle")
+        self._leave_pod(ended)
         wire = self.dialect.wire
         client = turn.session.client if turn is not None else "other"
         gateway.metrics.turns[wire, client, self.outcome].inc()
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
-        self._log(now, outcome)
+        log_turn(self, now, outcome)
 
     def _finish_observer(self) -> TurnOutcome | None:
         observer = self.observer
@@ -322,8 +475,21 @@ class TurnFlow:
             return None
         return observer.outcome
 
+    def _ended(self, turn: Turn, outcome: TurnOutcome) -> Ended:
+        """What admission needs to know of the answer."""
+        usage = outcome.usage
+        known = usage is not None and usage.prompt_tokens > 0
+        assert turn.session.idle_kind is not None
+        return Ended(
+            prompt_tokens=usage.prompt_tokens if usage and known else turn.prompt_tokens,
+            output_tokens=usage.output_tokens if usage and known else 0,
+            cached_tokens=usage.cached_tokens if usage and known else None,
+            idle_kind=turn.session.idle_kind,
+            forecast=self.forecast,
+        )
+
     def _learn(self, turn: Turn, outcome: TurnOutcome | None) -> None:
-        """What the answer says about the pod: its prefill rate, what its cache held."""
+        """Note what the pod said of its work, and where the session now lives."""
         decision = self.decision
         if decision is None or self.first_byte_s is None or self.status >= 400:
             return
@@ -331,182 +497,32 @@ class TurnFlow:
         pod = decision.pod
         session = turn.session
         usage = outcome.usage if outcome is not None else None
-        prompt_tokens = turn.prompt_tokens
-        output_tokens = 0
-        cached_tokens = None
         if usage is not None and usage.prompt_tokens:
-            prompt_tokens, output_tokens = usage.prompt_tokens, usage.output_tokens
-            cached_tokens = usage.cached_tokens
-            metrics.prompt_tokens[pod.name,].inc(prompt_tokens)
-            metrics.output_tokens[pod.name,].inc(output_tokens)
-        if cached_tokens is not None:
-            metrics.cached_tokens[pod.name,].inc(cached_tokens)
-            metrics.expected_cached_tokens[pod.name,].inc(decision.resident_tokens)
-            pod.residency.learn(decision.resident_tokens, cached_tokens)
-        if self.event_stream:
-            known = cached_tokens if cached_tokens is not None else decision.resident_tokens
-            pod.rate.learn(self.tokens_ahead + max(1, prompt_tokens - known), self.first_byte_s)
+            metrics.prompt_tokens[pod.name,].inc(usage.prompt_tokens)
+            metrics.output_tokens[pod.name,].inc(usage.output_tokens)
+            if usage.cached_tokens is not None:
+                metrics.cached_tokens[pod.name,].inc(usage.cached_tokens)
+                metrics.expected_cached_tokens[pod.name,].inc(decision.resident_tokens)
         if outcome is not None:
             metrics.tool_calls[session.client,].inc(len(outcome.tool_calls))
         session.pod = pod.name
         session.decision = decision
-        pod.residency.touch(session.sid, prompt_tokens + output_tokens, turn.heads(HEAD_SEGMENTS))
+
+    @contextmanager
+    def _survived(self, stage: str) -> Iterator[None]:
+        """Count and log a fault within, and go on."""
+        try:
+            yield
+        except Exception:
+            self._degraded(stage)
 
     def _degraded(self, stage: str) -> None:
         self.gateway.metrics.degraded.labels(stage).inc()
         logger.exception("%s failed; the turn goes on as a plain relay", stage)
 
-    def _log(self, now: float, outcome: TurnOutcome | None) -> None:
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        fields: dict[str, Any] = {
-            "wire": self.dialect.wire,
-            "status": self.status,
-            "outcome": self.outcome,
-            "duration_s": round(now - self.started_at, 4),
-        }
-        if self.tenant is not None:
-            fields["tenant"] = self.tenant.name
-        if self.request is not None:
-            fields["model"] = self.request.model[:128]
-        if self.decision is not None:
-            fields["pod"] = self.decision.pod.name
-            fields["reason"] = self.decision.reason
-        if self.attempts > 1:
-            fields["attempts"] = self.attempts
-        if self.first_byte_s is not None:
-            fields["first_byte_s"] = round(self.first_byte_s, 4)
-        if self.turn is not None:
-            session = self.turn.session
-            fields |= {
-                "session": session.sid,
-                "client": session.client,
-                "class": self.turn.request_class,
-                "turn": session.turns,
-            }
-            if self.turn.gap is not None:
-                fields["gap_s"] = round(self.turn.gap.seconds, 3)
-                fields["gap_kind"] = self.turn.gap.kind
-            if self.turn.change.cause is not None:
-                fields["prefix_break"] = self.turn.change.cause
-        if outcome is not None:
-            if outcome.usage is not None:
-                fields["prompt_tokens"] = outcome.usage.prompt_tokens
-                fields["cached_tokens"] = outcome.usage.cached_tokens
-                fields["output_tokens"] = outcome.usage.output_tokens
-            if outcome.tool_calls:
-                fields["tools"] = [call.name[:64] for call in outcome.tool_calls[:8]]
-        turn_logged(logger, **fields)
 
-
-class CountTokensEndpoint:
-    """``/v1/messages/count_tokens``: passed to any pod with the model; no turn, no session."""
-
-    def __init__(self, gateway: Gateway, path: str, family: Family) -> None:
-        self.gateway = gateway
-        self.path = path
-        self.family = family
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway = self.gateway
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        try:
-            authenticate(gateway, scope)
-            body = await request_body(gateway, headers, receive)
-            try:
-                model, _ = read_model(body)
-            except MalformedRequestError as error:
-                raise GatewayError(400, "invalid_request", str(error)) from None
-            served = gateway.served_model(model)
-            if served != model:
-                body = map_model(body, model, served)
-            async with Departure(receive):
-                await self._relay(served, scope, body, send)
-        except GatewayError as error:
-            await send_error(gateway, error, self.family, send)
-        except (ClientGoneError, BrokenOffError):
-            return
-
-    async def _relay(self, model: str, scope: Scope, body: bytes, send: Send) -> None:
-        gateway = self.gateway
-        pods = sorted(gateway.fleet.able(model), key=lambda pod: pod.in_flight)
-        last: PodError | None = None
-        for pod in [*pods[:1], *pods]:  # a kept connection may have been closed for age
-            if not pod.ready:
-                continue
-            headers = gateway.relay.headers_for(pod, scope["headers"], None)
-            query = scope["query_string"].decode("latin-1")
-            try:
-                answer = await gateway.relay.open(pod, "POST", self.path, query, headers, body)
-            except PodError as error:
-                last = error
-                if isinstance(error, TimedOut):
-                    break
-                if isinstance(error, Refused):
-                    gateway.fleet.lost(pod, str(error))
-                continue
-            try:
-                await answer.pass_on(send)
-            finally:
-                answer.close()
-            return
-        raise no_answer(model, last)
-
-
-def no_answer(model: str, last: PodError | None) -> GatewayError:
-    """Why no pod answered; ``last`` is how the last one tried failed."""
-    if isinstance(last, TimedOut):
-        return GatewayError(504, "pod_timeout", f"The pod gave {last}.")
-    if last is not None:
-        return GatewayError(
-            502, "pod_unreachable", f"No pod could take the turn: {last}.", retry_after_s=2
-        )
-    return GatewayError(
-        503,
-        "no_pod_ready",
-        f"No pod that serves {model[:128]!r} is ready; try again shortly.",
-        retry_after_s=2,
-    )
-
-
-def shutting_down() -> GatewayError:
-    return GatewayError(503, "shutting_down", "The gateway is shutting down.", retry_after_s=1)
-
-
-def authenticate(gateway: Gateway, scope: Scope) -> Tenant:
-    """The caller's tenant. Raises `GatewayError` 401."""
-    try:
-        return gateway.access.authenticate(scope["headers"])
-    except Unauthorized as error:
-        raise GatewayError(401, "invalid_api_key", str(error)) from None
-
-
-async def request_body(gateway: Gateway, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-    """The whole body, decompressed."""
-    limit_bytes = gateway.settings.relay.max_body_bytes
-    if int(headers.get(b"content-length", 0)) > limit_bytes:
-        raise too_large(limit_bytes)
-    body = await read_body(receive, limit_bytes)
-    coding = headers.get(b"content-encoding")
-    if coding is None:
-        return body
-    name = coding.decode("latin-1")
-    if len(body) > LARGE_BODY_BYTES:
-        return await asyncio.to_thread(decompress, body, name, limit_bytes)
-    return decompress(body, name, limit_bytes)
-
-
-def map_model(body: bytes, model: str, served: str) -> bytes:
-    """The body with its model's name mapped. Raises `GatewayError` 400."""
-    try:
-        return splice_model(body, model, served)
-    except MalformedRequestError as error:
-        raise GatewayError(400, "invalid_request", str(error)) from None
-
-
-async def send_error(gateway: Gateway, error: GatewayError, family: Family, send: Send) -> None:
-    """Answer with an error of the gateway's own, in the caller's dialect."""
-    gateway.metrics.errors.labels(str(error.status)).inc()
-    status, headers, body = render(error, family)
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+HOLD_ENDS: dict[str, HoldEnd] = {
+    "held_too_long": "too_long",
+    "no_pod_ready": "no_pod",
+    "shutting_down": "shutdown",
+}

@@ -161,7 +161,7 @@ def settings_of(case: str, folder: Path) -> Settings:
     file = folder / "cachewise.yaml"
     file.write_text(text.replace("/etc/cachewise/secret", str(folder)))
     env = {}
-    for variable in container(gateway)["env"]:
+    for variable in container(gateway).get("env", ()):
         source = variable.get("valueFrom", {}).get("secretKeyRef")
         if source is not None and ("Secret", source["name"]) in made:
             env[variable["name"]] = made["Secret", source["name"]]["stringData"][source["key"]]
@@ -193,6 +193,7 @@ def test_the_gateway_takes_the_settings_of_the_chart(case: str, tmp_path: Path) 
     assert container(gateway)["ports"][0]["containerPort"] == settings.port
     pause_s = int(container(gateway)["lifecycle"]["preStop"]["exec"]["command"][1])
     assert spec["terminationGracePeriodSeconds"] > pause_s + settings.shutdown_grace_s
+    assert settings.shutdown_grace_s > settings.admission.max_hold_s
     assert bool(settings.pods) != (settings.discovery.kind != "static")
     watches = settings.discovery.kind == "kubernetes"
     assert spec["automountServiceAccountToken"] is watches
@@ -311,6 +312,7 @@ def test_secrets_reach_their_containers_and_no_other_object(tmp_path: Path) -> N
     assert settings.access.admin_token is not None
     assert settings.access.admin_token.get_secret_value() == "an-admin-token"
     assert settings.access.pod_api_key is not None
+    assert settings.hints.token is not None
     assert set(settings.access.api_keys) == {"team"}
     env = {
         v["name"]: v.get("valueFrom", {}).get("secretKeyRef", {}).get("key")

@@ -196,7 +196,7 @@ async def test_a_name_without_addresses_is_believed_the_third_time(server: DnsSe
 def fleet(ranks: int = 1) -> tuple[Fleet, list[str]]:
     made = Fleet((), ProbeSettings(), ranks=ranks)
     left: list[str] = []
-    made.removed.append(lambda pod: left.append(pod.name))
+    made.removed = lambda pod: left.append(pod.name)
     return made, left
 
 
@@ -301,6 +301,38 @@ def test_each_rank_behind_an_address_is_a_pod() -> None:
         assert (list(made.pods), left) == (["a/1"], ["a/0"])
 
 
+def test_a_drain_by_hand_is_not_lifted_by_discovery() -> None:
+    made, _ = fleet()
+    made.reconcile([A])
+    made.drain(made.pods["a"], True)
+    made.reconcile([A, B])
+    assert made.pods["a"].draining
+
+
+def test_what_happens_to_pods_is_told() -> None:
+    made, _ = fleet()
+    told: list[tuple[str, str]] = []
+    made.changed = lambda pod, event: told.append((pod.name, event))
+    made.reconcile([A])
+    made.pods["a"].ready = True
+    made.reconcile([Found(A.name, A.url, A.start, serving=False)])
+    made.reconcile([A])
+    made.reconcile([Found(A.name, A.url, A.start, leaving=True)])
+    made.reconcile([A])
+    made.reconcile([Found(A.name, A.url, start="2")])
+    made.pods["a"].ready = True
+    made.reconcile([])
+    assert told == [
+        ("a", event)
+        for event in (
+            *("draining", "ready"),  # unfit, fit
+            *("draining", "ready"),  # leaving, back
+            *("lost", "restarted"),  # another start
+            *("draining", "lost", "restarted"),  # gone
+        )
+    ]
+
+
 def test_pods_of_the_settings_are_left_alone() -> None:
     settings = load_settings({"pods": [{"url": "http://x:1", "name": "a"}]}, None, {})
     made = Fleet(settings.pods, settings.probe)
@@ -382,6 +414,7 @@ async def test_pods_join_drain_and_leave_under_turns(
         assert reply.status == 200
         assert b"[DONE]" in reply.data
         await until(lambda: set(fleet.pods) == {"second"})
+        assert set(running.gateway.loop.admission.books) == {"second"}
         assert 'pod="first"' not in (await running.get("/metrics")).text
         assert running.settled()
 

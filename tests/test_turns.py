@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from prometheus_client.parser import text_string_to_metric_families
 
-import gateway.turns
+from gateway.admission import Admission
 from gateway.config import LogSettings, hash_key
 from gateway.dialects.sse import JsonObserver
 from gateway.logs import logging_to
@@ -440,7 +440,7 @@ def broken(*_: Any, **__: Any) -> Any:
     [
         ("session", SessionStore, "begin"),
         ("settle", SessionStore, "end"),
-        ("route", gateway.turns, "choose"),
+        ("admission", Admission, "arrive"),
         ("observe", JsonObserver, "finish"),
     ],
 )

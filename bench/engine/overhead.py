@@ -29,6 +29,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from bench.engine import simulation
 from engine_patch.scheduler import SyncReuseAwareScheduler
+from gateway import hints
 
 BLOCKS, BLOCK_TOKENS = 100_000, 16
 SESSIONS, RUNNING, WAITING = 200, 32, 64
@@ -112,13 +113,17 @@ class Load:
     def _hint(self, message_id: str, i: int) -> str:
         survival = [[2.0 ** (k / 2 - 3) * (1 + i % 7), 1 - (k + 1) / 25] for k in range(24)]
         ended = not self.turns_left[i]
-        payload = {
-            "session_id": self._session(i),
-            "idle_kind": "ended" if ended else "tool" if i % 4 else "human",
-            "survival": [] if ended else survival,
-            "p_return": 0.0 if ended else 0.95,
+        action = {
+            "action_type": "cachewise.reuse",
+            "action_version": "1.0",
+            "payload": {
+                "session_id": self._session(i),
+                "idle_kind": "ended" if ended else "tool" if i % 4 else "human",
+                "survival": [] if ended else survival,
+                "p_return": 0.0 if ended else 0.95,
+            },
         }
-        return simulation.envelope(message_id, payload)
+        return json.dumps(hints.envelope(message_id, action))
 
 
 VARIANTS: dict[str, tuple[type[Any], bool, bool]] = {

@@ -18,12 +18,12 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.bodies import AgentSession
+from gateway.ask import HEAD_SEGMENTS
 from gateway.dialects import DIALECTS, parse
 from gateway.dialects.turn import ToolCall, TurnOutcome, Usage
 from gateway.fleet.pod import Pod
 from gateway.routing import Arrival, choose
 from gateway.sessions import SessionStore
-from gateway.turns import HEAD_SEGMENTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BAR_MB = 300

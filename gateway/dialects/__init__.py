@@ -7,8 +7,10 @@ read a whole answer. Dialects know no sessions and no pods.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -26,7 +28,15 @@ from gateway.dialects.turn import (
     Wire,
 )
 
-__all__ = ["DIALECTS", "Dialect", "MalformedRequestError", "parse", "read_model", "splice_model"]
+__all__ = [
+    "DIALECTS",
+    "Dialect",
+    "MalformedRequestError",
+    "parse",
+    "read_model",
+    "splice_model",
+    "without_hints",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +61,13 @@ DIALECTS = (
 )
 
 
-class _ModelOnly(msgspec.Struct):
+class _Essentials(msgspec.Struct):
     model: str
     stream: msgspec.Raw = EMPTY
+    kv_hints: msgspec.Raw = EMPTY
 
 
-_decode_model_only = msgspec.json.Decoder(_ModelOnly).decode
+_decode_essentials = msgspec.json.Decoder(_Essentials).decode
 
 
 def parse(dialect: Dialect, body: bytes) -> TurnRequest:
@@ -69,24 +80,33 @@ def parse(dialect: Dialect, body: bytes) -> TurnRequest:
     try:
         return dialect.parse(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        model, stream = read_model(body)
+        found = _essentials(body)
         return TurnRequest(
-            dialect.wire, model, stream, [EMPTY, EMPTY], lambda _, raw: Item(bytes(raw), "other")
+            dialect.wire,
+            found.model,
+            bytes(found.stream) == b"true",
+            [EMPTY, EMPTY],
+            lambda _, raw: Item(bytes(raw), "other"),
+            hinted=len(found.kv_hints) > 0,
         )
 
 
 def read_model(body: bytes) -> tuple[str, bool]:
     """The model that a JSON body names and whether it asks for a stream. Raises
     `MalformedRequestError` if it is no JSON object or names none."""
+    found = _essentials(body)
+    return found.model, bytes(found.stream) == b"true"
+
+
+def _essentials(body: bytes) -> _Essentials:
     try:
-        found = _decode_model_only(body)
+        return _decode_essentials(body)
     except msgspec.ValidationError as error:
         raise MalformedRequestError(f"request body: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedRequestError(f"request body is not valid JSON: {error}") from None
     except RecursionError:
         raise MalformedRequestError("request body is nested too deeply") from None
-    return found.model, bytes(found.stream) == b"true"
 
 
 MAX_SPLICE_TRIES = 64
@@ -114,4 +134,34 @@ def splice_model(body: bytes, model: str, served: str) -> bytes:
             at = body.find(spelling, at + 1)
     raise MalformedRequestError(
         'model: its alias could not be applied; put "model" first in the body, without escapes'
+    )
+
+
+_HINTS_KEY = b"".join(b"(?:%c|\\\\u00(?i:%02x))" % (c, c) for c in b"kv_hints")
+"""``kv_hints`` as JSON may spell it: each character as it is or as its escape."""
+
+
+def without_hints(body: bytes) -> bytes:
+    """``body`` without its top-level ``"kv_hints"``; every other byte stays.
+
+    As in `splice_model`, each place that spells the field is tried and the result read back. Raises
+    `MalformedRequestError` after `MAX_SPLICE_TRIES` wrong places.
+    """
+    while len(value := bytes(_essentials(body).kv_hints)):
+        body = _without_field(body, value)
+    return body
+
+
+def _without_field(body: bytes, value: bytes) -> bytes:
+    field = b'"' + _HINTS_KEY + rb'"\s*:\s*' + re.escape(value)
+    places = re.finditer(rb"\s*,\s*" + field + rb"|" + field + rb"\s*,?", body)
+    for place in islice(places, MAX_SPLICE_TRIES):
+        spliced = body[: place.start()] + body[place.end() :]
+        try:
+            if bytes(_essentials(spliced).kv_hints) != value:
+                return spliced
+        except MalformedRequestError:
+            continue
+    raise MalformedRequestError(
+        "kv_hints: could not be taken out of the body; only trusted tenants may send hints"
     )

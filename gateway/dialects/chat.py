@@ -44,6 +44,7 @@ class ChatBody(msgspec.Struct):
     client_metadata: msgspec.Raw = EMPTY
     agent_hint: msgspec.Raw = EMPTY
     session_id: msgspec.Raw = EMPTY
+    kv_hints: msgspec.Raw = EMPTY
     prompt_cache_key: msgspec.Raw = EMPTY
 
 
@@ -68,6 +69,7 @@ def parse_chat(body: bytes) -> TurnRequest:
             session_id=chat.session_id,
             prompt_cache_key=chat.prompt_cache_key,
         ),
+        hinted=len(chat.kv_hints) > 0,
     )
 
 
@@ -216,6 +218,7 @@ class CompletionBody(msgspec.Struct):
     prompt: msgspec.Raw = EMPTY
     stream: bool | None = False
     session_id: msgspec.Raw = EMPTY
+    kv_hints: msgspec.Raw = EMPTY
     prompt_cache_key: msgspec.Raw = EMPTY
 
 
@@ -232,4 +235,5 @@ def parse_completion(body: bytes) -> TurnRequest:
         segments=[EMPTY, EMPTY, completion.prompt],
         look=lambda _, raw: Item(bytes(raw), "user", text="" if len(raw) == 0 else "prompt"),
         ids=BodyIds(session_id=completion.session_id, prompt_cache_key=completion.prompt_cache_key),
+        hinted=len(completion.kv_hints) > 0,
     )

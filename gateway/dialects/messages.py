@@ -47,6 +47,7 @@ class MessagesBody(msgspec.Struct):
     metadata: msgspec.Raw = EMPTY
     output_config: msgspec.Raw = EMPTY
     session_id: msgspec.Raw = EMPTY
+    kv_hints: msgspec.Raw = EMPTY
 
 
 _decode = msgspec.json.Decoder(MessagesBody).decode
@@ -63,6 +64,7 @@ def parse_messages(body: bytes) -> TurnRequest:
         look=look_messages,
         ids=BodyIds(metadata=message.metadata, session_id=message.session_id),
         title_format=_asks_only_title(message.output_config),
+        hinted=len(message.kv_hints) > 0,
     )
 
 

@@ -42,6 +42,7 @@ class ResponsesBody(msgspec.Struct):
     conversation: msgspec.Raw = EMPTY
     client_metadata: msgspec.Raw = EMPTY
     session_id: msgspec.Raw = EMPTY
+    kv_hints: msgspec.Raw = EMPTY
     prompt_cache_key: msgspec.Raw = EMPTY
     previous_response_id: msgspec.Raw = EMPTY
 
@@ -71,6 +72,7 @@ def parse_responses(body: bytes) -> TurnRequest:
             prompt_cache_key=request.prompt_cache_key,
             previous_response_id=request.previous_response_id,
         ),
+        hinted=len(request.kv_hints) > 0,
     )
 
 

@@ -145,6 +145,8 @@ class TurnRequest:
     ids: BodyIds = field(default_factory=BodyIds)
     title_format: bool = False
     """The client asked for a JSON object that holds only a title."""
+    hinted: bool = False
+    """The body has a field ``kv_hints``."""
     _items: dict[int, Item] = field(default_factory=dict)
 
     @property

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Literal
 
 import httpx
 
@@ -21,6 +22,8 @@ from gateway.fleet.pod import Pod
 from gateway.fleet.probe import ProbeResult, probe
 
 logger = logging.getLogger("gateway.fleet")
+
+Event = Literal["ready", "lost", "restarted", "capacity", "draining"]
 
 
 class Fleet:
@@ -42,14 +45,18 @@ class Fleet:
         self.discovery = discovery
         self.ranks = ranks
         self.pods: dict[str, Pod] = {}
-        self.removed: list[Callable[[Pod], None]] = []
-        """Called with each pod that has left."""
         self._found: dict[str, Found] = {}
         """What discovery said of the pods that it brought, by their names here."""
         self._gone: set[str] = set()
         """Of these, the names that it does not find any more."""
+        self._leaving: set[str] = set()
+        """Of these, the names that it drains."""
         self._watchers: dict[Pod, asyncio.Task[None]] = {}
         self._start_watcher: Callable[[Pod], asyncio.Task[None]] | None = None
+        self.changed: Callable[[Pod, Event], None] = lambda pod, event: None
+        """Called after a pod's state has changed."""
+        self.removed: Callable[[Pod], None] = lambda pod: None
+        """Called with each pod that has left."""
         for pod in pods:
             self.add(pod)
 
@@ -71,15 +78,18 @@ class Fleet:
             del self.pods[pod.name]
         self._found.pop(pod.name, None)
         self._gone.discard(pod.name)
-        pod.ready = False
+        self._leaving.discard(pod.name)
         watcher = self._watchers.pop(pod, None)
         if watcher is not None:
             watcher.cancel()
-        for call in self.removed:
-            try:
-                call(pod)
-            except Exception:
-                logger.exception("a pod's leaving was not taken in")
+        ready, pod.ready = pod.ready, False
+        try:
+            if ready:
+                self.changed(pod, "lost")
+            self.changed(pod, "restarted")  # its cache is no more; one of its name begins anew
+            self.removed(pod)
+        except Exception:
+            logger.exception("that pod %s has left was not taken in", pod.name)
 
     def reconcile(self, found: Sequence[Found]) -> None:
         """Make the discovered part of the fleet what discovery says it is."""
@@ -105,11 +115,11 @@ class Fleet:
             self._found[name] = replace(one, start=start)
             self._gone.discard(name)
             pod.url = one.url
-            pod.withheld = not one.serving
-            self._drain(pod, one.leaving, "is stopping")
+            self._withhold(pod, not one.serving)
+            self._leave(pod, one.leaving)
         for name in [name for name in self._found if name not in named]:
             self._gone.add(name)
-            self._drain(self.pods[name], True, "is gone")
+            self._leave(self.pods[name], True)
             self._retire(self.pods[name])
 
     def _retire(self, pod: Pod) -> None:
@@ -117,10 +127,19 @@ class Fleet:
         if pod.name in self._gone and not pod.in_flight:
             self._remove(pod)
 
-    def _drain(self, pod: Pod, leaving: bool, why: str) -> None:
-        if leaving and not pod.draining:
-            logger.info("pod %s %s: %d turns are let finish", pod.name, why, pod.in_flight)
-        pod.draining = leaving
+    def _leave(self, pod: Pod, leaving: bool) -> None:
+        """Drain a pod that is stopping or gone; take back what was drained so."""
+        if leaving != (pod.name in self._leaving):
+            (self._leaving.add if leaving else self._leaving.discard)(pod.name)
+            self.drain(pod, leaving)
+
+    def _withhold(self, pod: Pod, withheld: bool) -> None:
+        if pod.withheld != withheld:
+            pod.withheld = withheld
+            if withheld:
+                self.changed(pod, "draining")
+            elif pod.takes_turns:
+                self.changed(pod, "ready")
 
     def __iter__(self) -> Iterator[Pod]:
         return iter(self.pods.values())
@@ -209,20 +228,36 @@ class Fleet:
             if before is None or warning not in before.warnings:
                 logger.warning("pod %s: %s", pod.name, warning)
         if result.load is not None:
+            capacity_tokens = pod.residency.capacity_tokens
             pod.residency.set_capacity(result.load.capacity_tokens)
+            if pod.ready and pod.residency.capacity_tokens != capacity_tokens:
+                self.changed(pod, "capacity")
         if before is not None and _restarted(before, result):
             logger.warning("pod %s has restarted: its cache is empty", pod.name)
             pod.residency.clear()
             pod.probed = None  # the next probe asks for version and capabilities anew
+            self.changed(pod, "restarted")
         if not pod.ready:
             pod.ready = True
             logger.info("pod %s is ready: %s", pod.name, ", ".join(pod.models))
+            self.changed(pod, "ready")
 
     def lost(self, pod: Pod, reason: str) -> None:
         """The pod does not answer: no turn goes there until a probe finds it well again."""
         if pod.ready:
             logger.warning("pod %s is lost: %s", pod.name, reason)
-        pod.ready = False
+            pod.ready = False
+            self.changed(pod, "lost")
+
+    def drain(self, pod: Pod, draining: bool) -> None:
+        """Give the pod no more turns; those it has go on. Or, with ``draining`` off, again."""
+        if pod.draining != draining:
+            pod.draining = draining
+            logger.info("pod %s is %s", pod.name, "draining" if draining else "in use again")
+            if draining:
+                self.changed(pod, "draining")
+            elif pod.takes_turns:
+                self.changed(pod, "ready")
 
 
 def _by_rank(name: str, ranks: int) -> list[tuple[str, int | None]]:

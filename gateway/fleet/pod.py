@@ -78,6 +78,15 @@ class Pod:
         """Whether the engine sees ``X-Session-ID``."""
         return self.probed is not None and self.probed.capabilities.session_id
 
+    @property
+    def takes_hints(self) -> bool:
+        """Whether the engine acts on hints, and sees the session ids that they name."""
+        return (
+            self.takes_session_id
+            and self.probed is not None
+            and (self.probed.capabilities.kv_hints)
+        )
+
     @contextmanager
     def serving(self, uncached_tokens: int) -> Iterator[Prefill]:
         """Count a turn in, with its prefill work; on every exit count it out."""

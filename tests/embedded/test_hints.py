@@ -258,7 +258,7 @@ class HintedPod(RuleBasedStateMachine):
         pod.now += 100_000
         for name in "xyz":  # strangers take every block
             pod.turn(name, 76, anonymous=True)
-        pod.now += 1
+        pod.now += 10
         pod.turn("z", 1, anonymous=True)
         assert len(reuse.sessions) == 0
         assert list(reuse.queue.groups()) == []

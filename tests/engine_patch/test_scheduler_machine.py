@@ -71,15 +71,26 @@ class Scheduler(RuleBasedStateMachine):
         priority: int,
         hinted: bool,
     ) -> None:
-        """A session's next turn: its history, cut somewhere if it was edited, and more."""
+        """A session's next turn begins to wait."""
+        hints = self.own_hint(session) if hinted else None
+        tokens = self.grow(session, grown, kept, output_tokens)
+        self.engine.add(tokens, session, output_tokens, priority=priority, kv_hints=hints)
+
+    @rule(turns=st.lists(st.tuples(sessions, st.integers(BLOCK, 4 * BLOCK)), max_size=6))
+    def turns(self, turns: list[tuple[str, int]]) -> None:
+        """Turns from arrival to end, each on all that the session said before."""
+        for session, grown in turns:
+            self.engine.run(self.engine.add(self.grow(session, grown, 1.0, 1), session))
+
+    def grow(self, session: str | None, grown: int, kept: float, output_tokens: int) -> list[int]:
+        """The session's history, cut somewhere if it was edited, and more."""
         self.serial += 1
         tokens = self.history.get(session, SHARED)
         tokens = tokens[: int(len(tokens) * kept)]
         tokens = tokens + [10**9 + self.serial * 1000 + i for i in range(grown)]
         tokens = tokens[: self.longest - output_tokens]
         self.history[session] = tokens
-        hints = self.own_hint(session) if hinted else None
-        self.engine.add(tokens, session, output_tokens, priority=priority, kv_hints=hints)
+        return tokens
 
     @staticmethod
     def own_hint(session: str | None) -> Any:
@@ -113,15 +124,26 @@ class Scheduler(RuleBasedStateMachine):
     def retain(self, session: str, priority: int, duration_s: float) -> None:
         assert self.engine.retain(session, priority, duration_s) == "applied"
 
-    @rule(running=st.booleans())
-    def reset(self, running: bool) -> None:
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule(data=st.data(), kept=st.integers(0, 8))
+    def invalidate(self, data: st.DataObject, kept: int) -> None:
+        """What vLLM does to a request's blocks whose load by a connector failed."""
+        request = data.draw(st.sampled_from(self.engine.scheduler.running))
+        manager = self.engine.scheduler.kv_cache_manager
+        for ids in manager.get_block_ids(request.request_id):
+            manager.evict_blocks(set(ids[kept:]))
+
+    @rule(running=st.booleans(), really=st.integers(0, 3))
+    def reset(self, running: bool, really: int) -> None:
+        if really:
+            return
         free = not self.engine.scheduler.running
         done = self.engine.scheduler.reset_prefix_cache(reset_running_requests=running)
         if done:
             assert not list(self.engine.pool.free_block_queue.groups())
         assert done or not (free or running) or self.engine.scheduler.kv_holding_waiting
 
-    @rule(seconds=st.floats(0, 2_000))
+    @rule(seconds=st.floats(0, 20) | st.floats(0, 2_000))
     def wait(self, seconds: float) -> None:
         self.engine.now += seconds
 
@@ -146,7 +168,7 @@ class Scheduler(RuleBasedStateMachine):
 
 TestScheduler = Scheduler.TestCase
 TestScheduler.settings = settings(
-    max_examples=200,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

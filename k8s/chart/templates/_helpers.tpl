@@ -65,7 +65,7 @@ app.kubernetes.io/part-of: cachewise
 
 {{/* The gateway's settings. */}}
 {{- define "cachewise.config" -}}
-{{- $config := dict "host" "0.0.0.0" "port" 8080 "shutdown_grace_s" .Values.gateway.drainSeconds "log" (dict "format" "json") }}
+{{- $config := dict "host" "0.0.0.0" "port" 8080 "shutdown_grace_s" .Values.gateway.drainSeconds "log" (dict "format" "json") "forecast" (dict "state_file" "/var/lib/cachewise/forecast.npz") }}
 {{- if .Values.vllm.enabled }}
 {{- $labels := include "cachewise.selector" (dict "root" . "component" "vllm") | fromYaml }}
 {{- $selector := list }}
@@ -106,4 +106,13 @@ app.kubernetes.io/part-of: cachewise
 {{/* The address of vLLM's image. */}}
 {{- define "cachewise.vllmImage" -}}
 {{ .Values.vllm.image.repository }}:{{ .Values.vllm.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "cachewise.gatewayEnv" -}}
+{{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_ACCESS__ADMIN_TOKEN" "key" "admin-token" "value" .Values.secrets.adminToken) }}
+{{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_ACCESS__POD_API_KEY" "key" "pod-api-key" "value" .Values.secrets.podApiKey) }}
+{{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_HINTS__TOKEN" "key" "hints-token" "value" .Values.secrets.hintsToken) }}
+{{- with .Values.gateway.extraEnv }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}

@@ -1,0 +1,1 @@
+"""How good the forecast is, beside what others do: ranking, error, calibration, cost."""

@@ -1,0 +1,782 @@
+"""Which sessions a pod works for: as many as its KV cache holds, the others wait their turn.
+
+A session that is admitted to a pod has a *place* there: tokens of the pod's capacity for its next
+turn (prompt and answer; prefixes shared between sessions count once). Places of a pod never exceed
+its budget, `reserve × capacity`, except by what admitted sessions grow. A turn of a session with a
+place goes through at once. Any other goes where it is served soonest (`routing.choose` with the
+expected wait for a place as one more term), and is *held* if that is nowhere now.
+
+A place outlives its turn: the session is about to come back from a tool. It is given up when it
+ended, or for a held turn when waiting is not worth it: keeping k tokens costs k / budget
+pod-seconds a second, losing them k / prefill rate pod-seconds, so the place is kept while the
+forecast's reuse rate (its Gittins index, `engine_patch.forecast`) is at least 1 / horizon, with
+
+    horizon = budget / prefill rate
+
+the seconds in which the pod could prefill all that it has admitted.
+
+Driving it. `Admission` is synchronous and knows no clock; an asynchronous caller does this:
+
+    ticket = admission.arrive(ask, pods, now)          # may raise QueueFull: answer 503
+    try:
+        if ticket.held:                                # `released(ticket)` is called, from within
+            await asyncio.wait_for(its_event, limit)   # a later call, when it gets its place
+        ... relay to ticket.decision.pod ...
+    finally:
+        admission.end(ticket, now, ended_or_none)      # on every exit: abort, deadline, failure
+
+and besides calls `tick(now)` about twice a second, `forget(sid)` when a session is over, and
+`pod_lost`, `pod_restarted`, `pods_changed` as the fleet changes. A turn whose pod failed before it
+answered is ended (None) and arrives again; `Ask.arrived_at` keeps its age.
+
+Modes: ``enforce``; ``observe`` decides alike but lets every turn through and estimates the tokens
+that enforcing would have saved; ``off`` only routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
+from math import inf
+from statistics import fmean
+from typing import Final, Literal, Protocol
+
+from engine_patch.forecast import Forecast as ReuseForecast
+from gateway.fleet.pod import Pod
+from gateway.holds import (
+    AGE_BOUND_S,
+    PRIORITY_WEIGHT,
+    Entry,
+    HoldQueue,
+    Priority,
+    ShareClass,
+    Shares,
+    standing_s,
+)
+from gateway.idle import IdleKind
+from gateway.routing import Arrival, Decision, Policy, Reason, choose
+
+Mode = Literal["enforce", "observe", "off"]
+Lane = Literal["agent", "aside"]
+
+RESERVE: Final = 0.65
+RESERVE_RANGE: Final = (0.5, 0.8)
+ASIDE_SHARE: Final = 0.1
+"""Of the capacity, kept for turns that belong to no agent loop."""
+STINT_S: Final = 300.0
+"""So long a session may keep its place, from turn to turn, while a due turn waits for one."""
+HORIZON_RANGE_S: Final = (5.0, 600.0)
+MEAN_STINT_S: Final = 300.0
+"""How long a session keeps its place, assumed before any was seen."""
+REGRET_KEEP: Final = 0.98
+"""Of the regret's memory, kept over a turn: about the last 50 turns count."""
+STINT_SHARE: Final = 0.1
+"""Of the mean stint, what the latest makes up."""
+LOOK_AHEAD: Final = 16
+"""Held turns that are tried for the room that there is, before the rest must wait for more."""
+STALE_TOKENS: Final = 2_048
+"""A held turn that lost more of its KV than this is put in its order anew."""
+RECHECK: Final = 0.05
+"""A reuse rate stands until this share has been added to the time waited, at least 0.2 s."""
+
+
+class GapForecast(Protocol):
+    """What is read of a forecast of the gap after a turn."""
+
+    @property
+    def p_return(self) -> float: ...
+
+    def curve(self) -> Sequence[tuple[float, float]]:
+        """Points (seconds, P(gap > seconds | it returns)), at most 32."""
+        ...
+
+
+class QueueFull(Exception):  # noqa: N818 - a condition, not a fault
+    """No more turns are held."""
+
+
+@dataclass(slots=True, frozen=True)
+class Ask:
+    """What admission needs to know of a turn."""
+
+    arrival: Arrival
+    model: str
+    tenant: str = ""
+    priority: Priority = "interactive"
+    lane: Lane = "agent"
+    """``aside`` for traffic that is no agent loop (single turns, titles): it has its own share."""
+    person_waits: bool = False
+    """A person sits waiting: the first turn of a main session, or one after a human's."""
+    output_tokens: int = 500
+    """The answer's expected length."""
+    tenant_weight: float = 1.0
+    arrived_at: float | None = None
+    """When the turn first arrived, if this is not the first try."""
+
+    @property
+    def tokens(self) -> int:
+        return self.arrival.prompt_tokens + self.output_tokens
+
+    @property
+    def share(self) -> ShareClass:
+        return self.tenant, self.priority
+
+    @property
+    def weight(self) -> float:
+        return self.tenant_weight * PRIORITY_WEIGHT[self.priority]
+
+
+@dataclass(slots=True, frozen=True)
+class Ended:
+    """How a turn ended that was answered."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int | None
+    """None where the pod does not say."""
+    idle_kind: IdleKind
+    forecast: GapForecast | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Tokens of a pod's budget that belong to one session."""
+
+    sid: str
+    ask: Ask
+    since: float
+    links: tuple[tuple[int, int], ...]
+    """Shared prefixes: (link, tokens it adds to the one before)."""
+    own_tokens: int
+    """Tokens beyond the shared prefixes."""
+    charged_at: float
+    running: int = 0
+    idle_since: float = 0.0
+    idle_kind: IdleKind | None = None
+    forecast: ReuseForecast | None = None
+    _rate: float = 0.0
+    _recheck_at: float = -inf
+
+    @property
+    def tokens(self) -> int:
+        return self.own_tokens + sum(tokens for _, tokens in self.links)
+
+    def idles(self, now: float, kind: IdleKind | None, forecast: GapForecast | None) -> None:
+        self.idle_since = now
+        self.idle_kind = kind
+        self.forecast = (
+            ReuseForecast(tuple(forecast.curve()), forecast.p_return)
+            if forecast is not None
+            else None
+        )
+        self._recheck_at = -inf
+
+    def reuse_rate(self, now: float) -> float:
+        """Reuses a second that waiting for the session is worth; without a forecast 1 / age."""
+        if self.running:
+            return inf
+        if now >= self._recheck_at:
+            elapsed_s = now - self.idle_since
+            if self.forecast is not None:
+                self._rate = self.forecast.reuse_rate(elapsed_s)
+            else:
+                self._rate = 1 / max(elapsed_s, 1.0)
+            self._recheck_at = now + max(0.2, RECHECK * elapsed_s)
+        return self._rate
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One turn between its arrival and its end."""
+
+    ask: Ask
+    decision: Decision
+    """Where it goes; while held, where it would be served soonest."""
+    arrived_at: float
+    number: int
+    held: bool = False
+    """It must wait (``observe``: it would have to)."""
+    held_s: float = 0.0
+    """How long it was held, once it is not any more."""
+    due_at: float = inf
+    claim: str | None = None
+    """The pod that takes no other turn before this one."""
+    only: str | None = None
+    """The one pod it may be released to; None for any."""
+    shared_tokens: int = 0
+    """Of its prompt, tokens of a prefix that other sessions left on some pod."""
+    missing_tokens: int = 0
+    """Of its prompt, what was not resident there when it was looked at last."""
+    home: Book | None = None
+    """While held, where its live KV is."""
+    kept: bool = False
+    """Its session kept its place during the gap before."""
+    expected_wait_s: float = 0.0
+    """Of a held turn: its fair share of waiting."""
+    place: Place | None = None
+    open: bool = True
+    entries: tuple[Entry, ...] = ()
+    """See `HoldQueue`."""
+    context: object = None
+    """The caller's own."""
+
+
+@dataclass(slots=True, eq=False)
+class Book:
+    """The places of one pod."""
+
+    pod: Pod
+    reserve: float = RESERVE
+    places: dict[str, Place] = field(default_factory=dict)
+    claim: Ticket | None = None
+    stint_s: float = MEAN_STINT_S
+    """How long sessions kept their places of late, while others waited."""
+    homed: int = 0
+    """Held turns whose live KV is here."""
+    regret: float = 0.0
+    """Share of the tokens that admitted sessions left here and did not find again."""
+    _tokens: dict[Lane, int] = field(default_factory=lambda: {"agent": 0, "aside": 0})
+    _links: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def capacity_tokens(self) -> float:
+        capacity_tokens = self.pod.residency.capacity_tokens
+        return inf if capacity_tokens is None else capacity_tokens
+
+    @property
+    def budget_tokens(self) -> float:
+        return self.reserve * self.capacity_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all agents' places."""
+        return self._tokens["agent"]
+
+    @property
+    def aside_tokens(self) -> int:
+        return self._tokens["aside"]
+
+    @property
+    def horizon_s(self) -> float:
+        low_s, high_s = HORIZON_RANGE_S
+        return min(max(self.budget_tokens / self.pod.rate.tokens_per_s, low_s), high_s)
+
+    def put(self, place: Place) -> None:
+        self.places[place.sid] = place
+        self._tokens[place.ask.lane] += place.own_tokens
+        for link, tokens in place.links:
+            entry = self._links.get(link)
+            if entry is None:
+                self._links[link] = [1, tokens]
+                self._tokens["agent"] += tokens
+            else:
+                entry[0] += 1
+
+    def take(self, place: Place) -> None:
+        """Undo `put`."""
+        del self.places[place.sid]
+        self._tokens[place.ask.lane] -= place.own_tokens
+        for link, _ in place.links:
+            entry = self._links[link]
+            entry[0] -= 1
+            if not entry[0]:
+                del self._links[link]
+                self._tokens["agent"] -= entry[1]
+
+    def resize(self, place: Place, tokens: int) -> None:
+        own_tokens = max(0, tokens - sum(shared for _, shared in place.links))
+        self._tokens[place.ask.lane] += own_tokens - place.own_tokens
+        place.own_tokens = own_tokens
+
+    def freed_tokens(self, place: Place) -> int:
+        """Tokens by which the sum falls without this place alone."""
+        unshared = sum(tokens for link, tokens in place.links if self._links[link][0] == 1)
+        return place.own_tokens + unshared
+
+    def additional_tokens(self, ask: Ask) -> int:
+        """Tokens by which a place for this turn would raise the sum."""
+        arrival = ask.arrival
+        tokens = arrival.prompt_tokens + ask.output_tokens
+        if arrival.heads and self._links:
+            tokens -= sum(n for link, n in _steps(arrival) if link in self._links)
+        place = self.places.get(arrival.sid)
+        if place is not None:
+            tokens -= place.own_tokens
+        return max(0, tokens)
+
+    def fits(self, ask: Ask) -> bool:
+        """Whether the turn may have a place now. An agent's first place on an empty pod always
+        fits, so that a turn larger than the budget runs alone; asides have a share of their own
+        and may use what agents leave."""
+        additional_tokens = self.additional_tokens(ask)
+        if ask.lane == "agent":
+            return not self.places or additional_tokens <= self.budget_tokens - self.tokens
+        aside_tokens = self._tokens["aside"] + additional_tokens
+        return (
+            not self._tokens["aside"]
+            or aside_tokens <= ASIDE_SHARE * self.capacity_tokens
+            or aside_tokens <= self.budget_tokens - self.tokens
+        )
+
+    def wait_s(self, ahead: float) -> float:
+        """How long a turn waits for a place behind ``ahead`` others, first come first served: the
+        pod's places turn over once in a stint."""
+        return self.stint_s * (1 + ahead) / max(1, len(self.places))
+
+
+class Admission:
+    """The books of all pods and the turns held. All methods take ``now``, seconds of one clock.
+
+    ``released`` is called with each held turn that gets its place; ``ticket.decision`` says where.
+    ``arrive`` costs O(pods + places of a pod), every other event O(places of a pod) and O(log held)
+    for each turn it releases; ``tick`` does so for each pod.
+    """
+
+    def __init__(
+        self,
+        released: Callable[[Ticket], None],
+        mode: Mode = "enforce",
+        policy: Policy = "expected_ttft",
+        max_held: int = 10_000,
+        age_bound_s: float | None = None,
+    ) -> None:
+        self.mode = mode
+        self.policy: Policy = policy
+        self.max_held = max_held
+        self.age_bound_s = AGE_BOUND_S if age_bound_s is None else age_bound_s
+        self.books: dict[str, Book] = {}
+        self.saved_tokens = 0
+        """``observe``: tokens lost to eviction that enforcing would have kept."""
+        self._released = released
+        self._places: dict[str, tuple[Book, Place]] = {}
+        self._queues: dict[Lane, HoldQueue[Ticket]] = {
+            "agent": HoldQueue(),
+            "aside": HoldQueue(),
+        }
+        self._shares = Shares()
+        self._numbers = count()
+        self._adapted_at = -inf
+        self._arriving: Ticket | None = None
+
+    @property
+    def held(self) -> Iterator[Ticket]:
+        """Turns held."""
+        return chain.from_iterable(self._queues.values())
+
+    @property
+    def held_count(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def place_of(self, sid: str) -> tuple[Pod, Place] | None:
+        found = self._places.get(sid)
+        return None if found is None else (found[0].pod, found[1])
+
+    # -- a turn ----------------------------------------------------------------------------------
+
+    def arrive(self, ask: Ask, pods: Sequence[Pod], now: float) -> Ticket:
+        """Place a turn on one of ``pods`` (not empty, all able to serve it), or hold it.
+
+        Raises:
+            QueueFull: it would have to be held, and ``max_held`` turns are.
+        """
+        number = next(self._numbers)
+        arrived_at = now if ask.arrived_at is None else ask.arrived_at
+        if self.mode == "off":
+            decision = choose(pods, ask.arrival, self.policy, number)
+            return Ticket(ask, decision, arrived_at, number)
+        self.take_in(pods, now)
+        enforced = self.mode == "enforce"
+        decision = choose(
+            pods,
+            ask.arrival,
+            self.policy,
+            number,
+            (lambda pod: self._wait_s(self.books[pod.name], ask, now)) if enforced else None,
+        )
+        ticket = Ticket(ask, decision, arrived_at, number)
+        book = self.books[decision.pod.name]
+        found = self._places.get(ask.arrival.sid)
+        ticket.kept = found is not None and found[0] is book
+        if self._fits(book, ask) or (ticket.kept and book.places[ask.arrival.sid].running):
+            self._admit(ticket, book, now)
+        else:
+            self._hold(ticket, book, pods, now)
+        return ticket
+
+    def _wait_s(self, book: Book, ask: Ask, now: float) -> float:
+        if self._fits(book, ask):
+            return 0.0
+        live = book.pod.residency.tokens(ask.arrival.sid) if ask.arrival.home else 0
+        ahead = book.homed + (0 if live else len(self._queues[ask.lane]) / len(self.books))
+        return book.wait_s(ahead)
+
+    def _fits(self, book: Book, ask: Ask) -> bool:
+        if ask.lane == "agent":
+            if ask.arrival.sid in book.places:
+                return True  # it has its place; growth is not held
+            if book.claim is not None:
+                return False
+        return book.fits(ask)
+
+    def _hold(self, ticket: Ticket, book: Book, pods: Sequence[Pod], now: float) -> None:
+        if self.held_count >= self.max_held and self.mode == "enforce":
+            raise QueueFull
+        ask = ticket.ask
+        ahead = len(self._queues[ask.lane]) / len(pods)
+        ticket.expected_wait_s = fmean(self.books[pod.name].wait_s(ahead) for pod in pods)
+        ticket.due_at = ticket.arrived_at + ticket.expected_wait_s + self.age_bound_s
+        ticket.held = True
+        if self.mode == "observe" or self.policy != "expected_ttft":
+            ticket.only = book.pod.name
+        ticket.shared_tokens = max(
+            (pod.residency.shared_tokens(ask.arrival.heads) for pod in pods), default=0
+        )
+        self._shares.waits(ask.share)
+        ticket.home = self._live_home(ask)
+        if ticket.home is not None:
+            ticket.home.homed += 1
+        self._enqueue(ticket, book)
+        if ask.lane == "agent" and book.claim is None:
+            dispensable = self._dispensable(book, now)
+            if dispensable and self._make_room(book, ask, dispensable, False, now):
+                self._arriving = ticket
+                self._release(ticket, book, now)
+                self._arriving = None
+
+    def _live_home(self, ask: Ask) -> Book | None:
+        """Where the session's KV is believed to be."""
+        home = self.books.get(ask.arrival.home) if ask.arrival.home is not None else None
+        if home is None or not home.pod.ready or not home.pod.residency.tokens(ask.arrival.sid):
+            return None
+        return home
+
+    def _enqueue(self, ticket: Ticket, book: Book) -> None:
+        """Let the turn stand in its lane's queue; ``book`` is the pod it was offered."""
+        ask = ticket.ask
+
+        def standing(tokens: int, of: Book) -> float:
+            additional_s = tokens / of.pod.rate.tokens_per_s
+            return standing_s(additional_s, ticket.arrived_at, ask.person_waits)
+
+        home = book if ticket.only is not None else ticket.home
+        home_s = 0.0
+        if home is not None:
+            ticket.missing_tokens = self._missing_tokens(ticket, home.pod)
+            home_s = standing(ticket.missing_tokens, home)
+        away_tokens = max(0, ask.arrival.prompt_tokens - ticket.shared_tokens)
+        self._queues[ask.lane].add(
+            ticket,
+            ask.share,
+            home.pod.name if home is not None else None,
+            home_s,
+            None if ticket.only is not None else standing(away_tokens, book),
+            ask.tokens - ticket.shared_tokens,
+        )
+
+    def _unhold(self, ticket: Ticket, now: float) -> None:
+        self._queues[ticket.ask.lane].remove(ticket)
+        self._shares.waits_no_more(ticket.ask.share)
+        ticket.held = False
+        ticket.held_s = now - ticket.arrived_at
+        if ticket.home is not None:
+            ticket.home.homed -= 1
+            ticket.home = None
+        self._unclaim(ticket)
+
+    def _unclaim(self, ticket: Ticket) -> None:
+        if ticket.claim is not None:
+            book = self.books.get(ticket.claim)
+            if book is not None and book.claim is ticket:
+                book.claim = None
+            ticket.claim = None
+
+    def _admit(self, ticket: Ticket, book: Book, now: float) -> None:
+        ask = ticket.ask
+        sid = ask.arrival.sid
+        found = self._places.get(sid)
+        if found is not None and (found[0] is not book or ask.lane != found[1].ask.lane):
+            self._drop(found[1], now)
+            found = None
+        if found is None:
+            links = tuple(_steps(ask.arrival)) if ask.lane == "agent" else ()
+            own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
+            place = Place(sid, ask, now, links, own_tokens, charged_at=now)
+            book.put(place)
+            self._places[sid] = (book, place)
+        else:
+            place = found[1]
+            place.ask = ask
+            book.resize(place, max(place.tokens, ask.tokens) if place.running else ask.tokens)
+        place.running += 1
+        ticket.place = place
+
+    def end(self, ticket: Ticket, now: float, ended: Ended | None = None) -> None:
+        """A turn is over, in whatever way; ``ended`` is None if it was not answered. Idempotent."""
+        if not ticket.open:
+            return
+        ticket.open = False
+        if self.mode == "off":
+            return
+        if ticket in self._queues[ticket.ask.lane]:
+            claimed = self.books.get(ticket.claim or "")
+            self._unhold(ticket, now)
+            if claimed is not None:
+                self._fill(claimed, now)
+        place = ticket.place
+        if place is None:
+            return
+        place.running -= 1
+        found = self._places.get(place.sid)
+        if found is None or found[1] is not place:
+            return  # its place was lost meanwhile
+        book = found[0]
+        self._charge(book, place, now)
+        if ended is not None:
+            self._regret(book, ticket, ended)
+            book.resize(place, ended.prompt_tokens + ended.output_tokens)
+        if not place.running:
+            place.idles(
+                now,
+                ended.idle_kind if ended is not None else None,
+                ended.forecast if ended is not None else None,
+            )
+            over = ended is not None and ended.idle_kind == "ended"
+            if over or place.ask.lane == "aside":
+                self._drop(place, now)
+        self._fill(book, now)
+
+    def _regret(self, book: Book, ticket: Ticket, ended: Ended) -> None:
+        expected_tokens = min(ticket.ask.arrival.same_tokens, ended.prompt_tokens)
+        if not ticket.kept or ended.cached_tokens is None or expected_tokens <= 0:
+            return
+        lost = max(0.0, 1 - ended.cached_tokens / expected_tokens)
+        book.regret = REGRET_KEEP * book.regret + (1 - REGRET_KEEP) * lost
+        if self.mode == "observe" and lost > 0.02:
+            self.saved_tokens += expected_tokens - ended.cached_tokens
+
+    # -- sessions, pods, time --------------------------------------------------------------------
+
+    def forget(self, sid: str, now: float) -> None:
+        """The session is over: its place is free. A turn of it that still runs goes on."""
+        found = self._places.get(sid)
+        if found is not None:
+            self._drop(found[1], now)
+            self._fill(found[0], now)
+
+    def pod_lost(self, name: str, now: float) -> None:
+        """The pod is gone: its places are void, and held turns look elsewhere."""
+        book = self.books.pop(name, None)
+        if book is None:
+            return
+        for place in book.places.values():
+            del self._places[place.sid]
+        for queue in self._queues.values():
+            queue.drop_home(name)
+        for ticket in self.held:
+            if ticket.claim == name:
+                ticket.claim = None
+            if ticket.home is book:
+                ticket.home = None
+            if ticket.only == name:
+                ticket.only = None
+                self._enqueue(ticket, book)
+        self.pods_changed(now)
+
+    def pod_restarted(self, name: str, now: float) -> None:
+        """The pod's cache is empty: idle sessions have nothing there to wait for."""
+        book = self.books.get(name)
+        if book is not None:
+            for place in list(book.places.values()):
+                if not place.running:
+                    self._drop(place, now)
+            self._fill(book, now)
+
+    def pods_changed(self, now: float) -> None:
+        """Pods were added, became ready or changed their capacity."""
+        for book in list(self.books.values()):
+            self._fill(book, now)
+
+    def take_in(self, pods: Iterable[Pod], now: float) -> None:
+        """Let held turns be released to pods that no turn has been offered yet."""
+        for pod in pods:
+            book = self.books.get(pod.name)
+            if book is None or book.pod is not pod:
+                self.pod_lost(pod.name, now)
+                self.books[pod.name] = Book(pod)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: adapt the reserves, let places lapse, release what fits."""
+        if self.mode == "off":
+            return
+        if now - self._adapted_at >= 1.0:
+            self._adapted_at = now
+            for book in self.books.values():
+                self._adapt(book)
+        if self.held_count:
+            for book in list(self.books.values()):
+                self._fill(book, now)
+
+    def _adapt(self, book: Book) -> None:
+        low, high = RESERVE_RANGE
+        if book.regret > 0.05:
+            book.reserve = max(low, book.reserve - 0.002)
+        elif self.held_count and book.pod.in_flight == 0:
+            book.reserve = min(high, book.reserve + 0.01)
+        elif self.held_count and book.regret < 0.02:
+            book.reserve = min(high, book.reserve + 0.0005)
+
+    # -- places and holds ------------------------------------------------------------------------
+
+    def _drop(self, place: Place, now: float) -> None:
+        book, _ = self._places.pop(place.sid)
+        self._charge(book, place, now)
+        if self.held_count and place.ask.lane == "agent":
+            book.stint_s += STINT_SHARE * (now - place.since - book.stint_s)
+        book.take(place)
+
+    def _charge(self, book: Book, place: Place, now: float) -> None:
+        share = place.tokens / book.budget_tokens if book.budget_tokens < inf else 0.0
+        self._shares.charge(place.ask.share, share * (now - place.charged_at), place.ask.weight)
+        place.charged_at = now
+
+    def _fill(self, book: Book, now: float) -> None:
+        """Give places on the pod to held turns, the first in order first, while they fit."""
+        if not book.pod.ready or book.pod.draining:
+            return
+        asides, agents = self._queues["aside"], self._queues["agent"]
+        if asides:
+            for ticket in chain(asides.due(now), asides.next(book.pod.name, {}, now)):
+                if not self._may_go(ticket, book, now):
+                    continue
+                if not self._fits(book, ticket.ask):
+                    break
+                self._release(ticket, book, now)
+        if not agents:
+            return
+        dispensable = self._dispensable(book, now)
+        for ticket in agents.due(now):
+            if not self._may_go(ticket, book, now):
+                continue
+            if self._make_room(book, ticket.ask, dispensable, True, now):
+                self._release(ticket, book, now)
+                continue
+            if ticket.claim is None and book.claim is None:
+                ticket.claim = book.pod.name
+                book.claim = ticket
+            if book.claim is ticket:
+                return
+        if book.claim is not None:
+            return
+        spare = sum(
+            book.freed_tokens(place)
+            for rate, place in dispensable
+            if rate < inf and book.places.get(place.sid) is place
+        )
+        most_tokens = book.budget_tokens - book.tokens + spare
+        if most_tokens <= 0 and book.places:
+            return
+        if agents.least_tokens > most_tokens and book.places:
+            return
+        looked_at = 0
+        for ticket in agents.next(book.pod.name, self._shares.debts(), now):
+            if looked_at >= LOOK_AHEAD:
+                break
+            looked_at += 1
+            fewest_tokens = ticket.ask.tokens - ticket.shared_tokens
+            if (fewest_tokens > most_tokens and book.places) or not self._may_go(ticket, book, now):
+                continue
+            if self._make_room(book, ticket.ask, dispensable, False, now):
+                self._release(ticket, book, now)
+                looked_at = 0
+
+    def _missing_tokens(self, ticket: Ticket, pod: Pod) -> int:
+        arrival = ticket.ask.arrival
+        own_tokens = min(pod.residency.tokens(arrival.sid), arrival.same_tokens)
+        return max(0, arrival.prompt_tokens - max(own_tokens, ticket.shared_tokens))
+
+    def _may_go(self, ticket: Ticket, book: Book, now: float) -> bool:
+        """Whether the turn may be released to this pod. Live KV elsewhere moves only if computing
+        it here ends sooner than waiting there."""
+        pod = book.pod
+        if ticket.only is not None:
+            return ticket.only == pod.name
+        ask = ticket.ask
+        if pod.models and ask.model not in pod.models:
+            return False
+        home = ticket.home
+        if home is None or not home.pod.ready:
+            return True
+        there_tokens = self._missing_tokens(ticket, home.pod)
+        if there_tokens > ticket.missing_tokens + STALE_TOKENS:
+            self._enqueue(ticket, book)  # its KV has gone meanwhile: it stands elsewhere now
+        if home is book:
+            return True
+        missing_tokens = self._missing_tokens(ticket, pod)
+        if there_tokens >= missing_tokens:
+            return True
+        there_s = there_tokens / home.pod.rate.tokens_per_s + home.wait_s(home.homed - 1)
+        return missing_tokens / pod.rate.tokens_per_s < there_s
+
+    def _dispensable(self, book: Book, now: float) -> list[tuple[float, Place]]:
+        """Idle places by the reuse rate of waiting for them, the least worth first; those worth
+        keeping only with `inf` as their rate, for a due turn."""
+        least = 1 / book.horizon_s
+        found = []
+        for place in book.places.values():
+            if place.running:
+                continue
+            rate = place.reuse_rate(now)
+            if rate < least or now - place.since >= STINT_S:
+                found.append((rate if rate < least else inf, place.sid, place))
+        found.sort()
+        return [(rate, place) for rate, _, place in found]
+
+    def _make_room(
+        self,
+        book: Book,
+        ask: Ask,
+        dispensable: list[tuple[float, Place]],
+        due: bool,
+        now: float,
+    ) -> bool:
+        """Make the turn fit by giving up idle places; none is given up in vain."""
+        if book.fits(ask):
+            return True
+        if ask.lane == "aside":
+            return False
+        needed = book.additional_tokens(ask) - (book.budget_tokens - book.tokens)
+        victims = []
+        for rate, place in dispensable:
+            if needed <= 0:
+                break
+            if book.places.get(place.sid) is not place or (rate == inf and not due):
+                continue
+            victims.append(place)
+            needed -= book.freed_tokens(place)
+        if needed > 0 and len(victims) < len(book.places):
+            return False
+        for place in victims:
+            self._drop(place, now)
+        return book.fits(ask)
+
+    def _release(self, ticket: Ticket, book: Book, now: float) -> None:
+        arrival = ticket.ask.arrival
+        decision = choose([book.pod], arrival)
+        reason: Reason = "home" if book.pod.name == arrival.home else "admitted"
+        self._unhold(ticket, now)
+        self._admit(ticket, book, now)
+        if self.mode == "enforce":
+            ticket.decision = replace(decision, policy=self.policy, reason=reason)
+            if ticket is not self._arriving:
+                self._released(ticket)
+
+
+def _steps(arrival: Arrival) -> Iterator[tuple[int, int]]:
+    """Prefix links of the prompt, shortest first, each with the tokens it adds."""
+    before = 0
+    for link, length_tokens in reversed(arrival.heads):
+        length_tokens = min(length_tokens, arrival.prompt_tokens)
+        if length_tokens > before:
+            yield link, length_tokens - before
+            before = length_tokens

@@ -1,0 +1,174 @@
+"""A forecast: the distribution of one gap, as seen at its start."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from gateway.predictor.grid import BINS, EDGES, EDGES_S, FLOOR_S, LAST_S, log_s
+from gateway.predictor.warp import Curve, calibrated, stated
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gateway.predictor.model import Basis
+
+HORIZON_S: Final = 86_400.0
+"""`Forecast.expected_remaining` counts no more than this beyond the time already waited."""
+_TAIL: Final = 1e-3
+_TAIL_SCALE_S: Final = 600.0
+
+_CENTRES: Final = ((np.array(EDGES[:-1]) + np.array(EDGES[1:])) / 2).astype(np.float32)
+
+
+class Forecast:
+    """When, and whether, an idle session comes back. Immutable; all times in seconds since the gap
+    began, but for what is said to be *remaining*.
+
+    The curve is a histogram on `gateway.predictor.grid`, uniform in log time within a bin. Below
+    it lies a tail ``0.001 x 600 / (600 + t)``, so that a wait longer than anything ever seen still
+    has a future: the longer it has lasted, the longer it will.
+    """
+
+    __slots__ = ("_survival", "basis", "idle_kind", "masses", "offset_s", "p_return", "warp")
+
+    def __init__(
+        self,
+        masses: NDArray[np.float32],
+        p_return: float,
+        idle_kind: str,
+        offset_s: float = 0.0,
+        basis: Basis | None = None,
+        warp: Curve | None = None,
+    ) -> None:
+        self.masses = masses
+        """P(gap in bin | it returns) before calibration, shape ``(BINS,)``, sums to 1."""
+        self.p_return = p_return
+        """P(the session ever returns), at the gap's start."""
+        self.idle_kind = idle_kind
+        self.offset_s = offset_s
+        """Client's own time on top of the tools', by which the curve is shifted."""
+        self.basis = basis
+        """What `Predictor.observe` needs to learn from the outcome."""
+        self.warp = warp
+        """Calibration of ``masses`` (`gateway.predictor.warp`)."""
+        self._survival: list[float] | None = None
+
+    def _at_edges(self) -> list[float]:
+        """P(gap > edge) at each edge of the grid."""
+        found = self._survival
+        if found is None:
+            below = np.cumsum(self.masses)
+            found = self._survival = [1.0, *(1.0 - below / below[-1]).tolist()]
+        return found
+
+    def stated(self, t_s: float) -> float:
+        """P(gap <= ``t_s`` | the session returns) before calibration and without the tail."""
+        t_s -= self.offset_s
+        if t_s <= FLOOR_S:
+            return 0.0
+        if t_s >= LAST_S:
+            return 1.0
+        log_t = log_s(t_s)
+        i = bisect_right(EDGES, log_t) - 1
+        within = (log_t - EDGES[i]) / (EDGES[i + 1] - EDGES[i])
+        at = self._survival
+        if at is None:  # asked once, the sum is cheaper than the whole curve
+            return min(1.0, float(self.masses[:i].sum()) + float(self.masses[i]) * within)
+        return 1.0 - at[i] - (at[i + 1] - at[i]) * within
+
+    def survival(self, t_s: float) -> float:
+        """P(gap > ``t_s`` | the session returns)."""
+        self._at_edges()
+        reached = self.stated(t_s)
+        if self.warp is not None:
+            reached = calibrated(self.warp, reached)
+        after_s = max(0.0, t_s - self.offset_s)
+        return max(1.0 - reached, _TAIL * _TAIL_SCALE_S / (_TAIL_SCALE_S + after_s))
+
+    def quantile(self, p: float, elapsed_s: float = 0.0) -> float:
+        """Time that remains with probability ``p`` at most, once ``elapsed_s`` have been waited,
+        if the session returns. ``p`` in (0, 1)."""
+        target = (1.0 - p) * self.survival(elapsed_s)
+        return max(0.0, self._time_at(target) - elapsed_s)
+
+    def _time_at(self, target: float) -> float:
+        """The time at which the survival curve falls to ``target``."""
+        wanted = target
+        if self.warp is not None:
+            wanted = 1.0 - stated(self.warp, 1.0 - target)
+        at = self._at_edges()
+        i = bisect_left(at, -wanted, key=lambda value: -value)
+        if i == 0:
+            found = FLOOR_S
+        elif i > BINS:
+            found = LAST_S
+        else:
+            high, low = at[i - 1], at[i]
+            within = (high - wanted) / (high - low) if high > low else 1.0
+            found = 10 ** (EDGES[i - 1] + (EDGES[i] - EDGES[i - 1]) * within)
+        tail = _TAIL * _TAIL_SCALE_S / target - _TAIL_SCALE_S if target > 0 else LAST_S
+        return max(found, min(tail, 1e9)) + self.offset_s
+
+    @property
+    def median_s(self) -> float:
+        """The gap's median, if the session returns."""
+        return self._time_at(0.5)
+
+    def expected_log_s(self, floor_s: float = FLOOR_S) -> float:
+        """Expected log10 of the gap in seconds, shorter gaps counted as ``floor_s``, if the session
+        returns: the score that best tells which of two sessions is back later."""
+        return float(self.masses @ np.maximum(_CENTRES, log_s(floor_s - self.offset_s)))
+
+    def expected_remaining(self, elapsed_s: float = 0.0) -> float:
+        """Expected time until the return, once ``elapsed_s`` have been waited, if the session
+        returns. Bounded: a return later than `HORIZON_S` from now counts as `HORIZON_S`; sessions
+        that never return are left to `p_return_given`."""
+        alive = self.survival(elapsed_s)
+        area = 0.0
+        t, s = elapsed_s, alive
+        end = elapsed_s + HORIZON_S
+        start = bisect_right(EDGES_S, elapsed_s - self.offset_s)
+        for edge in EDGES_S[start:]:
+            edge += self.offset_s
+            if edge >= end:
+                break
+            p = self.survival(edge)
+            area += (s + p) / 2 * (edge - t)
+            t, s = edge, p
+        step = t + 1.0
+        while t < end:  # beyond the grid the tail falls slowly: a few doubling steps
+            step = min(max(step * 1.5, t * 1.5), end)
+            p = self.survival(step)
+            area += (s + p) / 2 * (step - t)
+            t, s = step, p
+        return area / alive
+
+    def p_return_given(self, elapsed_s: float) -> float:
+        """P(the session ever returns), once ``elapsed_s`` have been waited in vain."""
+        out = self.p_return * self.survival(elapsed_s)
+        gone = 1.0 - self.p_return
+        return out / (out + gone) if gone > 0 else 1.0
+
+    def curve(self, max_points: int = 32) -> list[tuple[float, float]]:
+        """Points ``(t_s, P(gap > t_s | returns))`` for a hint, ``t_s`` rising, ``p`` falling, at
+        most ``max_points``: where the curve falls; straight lines between them."""
+        points: list[tuple[float, float]] = []
+        before = 1.0
+        for edge in EDGES_S[1:]:
+            t_s = edge + self.offset_s
+            p = self.survival(t_s)
+            if before - p > 0.002:
+                points.append((t_s, p))
+                before = p
+        if not points:
+            points.append((EDGES_S[1] + self.offset_s, before))
+        while len(points) > max_points:  # drop the point that bends the curve least
+            least = min(
+                range(len(points) - 1),
+                key=lambda i: (points[i - 1][1] if i else 1.0) - points[i + 1][1],
+            )
+            del points[least]
+        return points

@@ -1,0 +1,527 @@
+"""The predictor: what was learned of gaps, and how a forecast is made of it.
+
+Nodes stand in a hierarchy from the general to the particular:
+
+    tool kind → tool → program → subcommand → this tenant's → this session's (→ this very call)
+
+Means of log time are shrunk level by level towards the level above,
+``(n m + k m_above) / (n + k)``, and become the features of the trained correction, which gives a
+distribution. Histograms of the same nodes are blended the same way on top of it. How much the
+blend counts against the correction alone is learned for each tool from which of the two has
+forecast better: traffic unlike the training data is soon forecast from itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.dialects.turn import ToolCall
+from gateway.idle import IdleKind
+from gateway.predictor.correction import Correction
+from gateway.predictor.features import CallWords, features_of
+from gateway.predictor.forecast import Forecast
+from gateway.predictor.grid import BINS, EDGES, bin_of, log_s
+from gateway.predictor.table import (
+    BEFORE,
+    DEV,
+    EMPTY_ROW,
+    FAST,
+    LAST,
+    MEAN,
+    STATS,
+    TRUST,
+    N,
+    NodeTable,
+)
+from gateway.predictor.warp import Curve, Warp
+
+MAX_CALLS: Final = 8
+"""Parallel calls that a forecast looks at."""
+MAX_NODES: Final = 100_000
+
+SHARED_MEMORY: Final = 1_000.0
+TENANT_MEMORY: Final = 300.0
+SESSION_MEMORY: Final = 30.0
+"""Gaps after which a node has forgotten half to two thirds of what it knew (its weight's limit)."""
+_FAST_RATE: Final = np.float32(0.3)
+_KEEP: Final = np.array(
+    [1 - 1 / SHARED_MEMORY] * 4 + [1 - 1 / TENANT_MEMORY] + [1 - 1 / SESSION_MEMORY] * 9,
+    np.float32,
+)
+"""What is left of each of a call's nodes' weight when another gap is added (`_keys`)."""
+
+_SHRINK: Final = (0.0, 5.0, 5.0, 5.0, 5.0)
+_SESSION_SHRINK: Final = (0.0, 3.0, 1.0, 1.0, 1.0)
+_BLEND: Final = ((8, 6.0), (4, 8.0), (3, 8.0), (2, 20.0), (0, 40.0))
+"""Of which nodes histograms are blended, from the particular to the general, and how many gaps what
+stands above each is worth: this session's, this tenant's, subcommand, program, kind."""
+_TRUST_AT_FIRST: Final = -1.7
+_TRUST_LIMIT: Final = 30.0
+_TRUST_MEMORY: Final = 0.98
+_SIBLING: Final = 0.35
+"""Parallel calls wait for much the same things: of all but the slowest, this power of the
+distribution function counts."""
+_SLOW: Final = 0.7, 0.5
+"""A wait is slow that lasts 10^0.7 times what was expected, and over 10^0.5 s: a person was
+asked."""
+
+ASKED_S: Final = 5.0
+"""A gap longer by this than its tools ran was spent on a person's permission, not on the client's
+own work."""
+_CLIENTS: Final = {"claude-code": 1.0, "codex": 2.0}
+
+_LEAST: Final = 1e-4
+_SPREAD: Final = np.diff(np.array(EDGES)).astype(np.float32) / np.float32(EDGES[-1] - EDGES[0])
+
+
+@dataclass(slots=True, frozen=True)
+class Context:
+    """Whose gap it is. ``session`` is only hashed; ``tenant`` is kept, as its name in settings."""
+
+    session: Hashable = None
+    tenant: str = ""
+    client: str = "other"
+    prompt_tokens: int = 0
+    last_failed: bool = False
+    """Whether the session's last tool call came back as an error."""
+    since_human: int = 8
+    """Gaps since a person last spoke, at most 8."""
+    last_human_s: float = 0.0
+    """How long that person took; 0 if not known."""
+
+
+@dataclass(slots=True)
+class CallBasis:
+    """A call as forecast: what learning from its outcome needs."""
+
+    words: CallWords
+    expected_log_s: float
+    """Of the shared nodes, before this session's own history."""
+    level: float
+    """Mean of the call's distribution in log10 s: what ranks parallel calls."""
+    blended: NDArray[np.float32]
+    """What the histograms say."""
+    weight: float
+    """Their share in ``masses``, beside the correction's."""
+    masses: NDArray[np.float32]
+    x: NDArray[np.float32] | None = None
+    """The features, where `Predictor.keep_features` asks for them."""
+
+
+@dataclass(slots=True)
+class Basis:
+    """A forecast's origin."""
+
+    idle_kind: IdleKind
+    context: Context
+    calls: list[CallBasis]
+    wait: tuple[Hashable, ...]
+    """Nodes of a wait that no tool call explains."""
+
+
+@dataclass(slots=True)
+class Returns:
+    """Sessions that came back and that did not, with forgetting."""
+
+    returned: float = 0.0
+    gone: float = 0.0
+
+    def add(self, returned: bool) -> None:
+        keep = 1 - 1 / SHARED_MEMORY
+        self.returned = self.returned * keep + returned
+        self.gone = self.gone * keep + (not returned)
+
+    @property
+    def probability(self) -> float:
+        """P(returns), by Jeffreys' rule; 0.9 where nothing is known."""
+        seen = self.returned + self.gone
+        return (self.returned + 0.9) / (seen + 1.0)
+
+
+@dataclass(slots=True)
+class Overhead:
+    """A client's own time on top of its tools, from the durations that it reports."""
+
+    log_s: float = 0.0
+    seen: int = 0
+
+    def add(self, seconds: float) -> None:
+        self.seen = min(self.seen + 1, 100)
+        self.log_s += (log_s(seconds) - self.log_s) / self.seen
+
+    @property
+    def seconds(self) -> float:
+        return 10**self.log_s if self.seen >= 3 else 0.0
+
+
+_CENTRES: Final = ((np.array(EDGES[:-1]) + np.array(EDGES[1:])) / 2).astype(np.float32)
+
+
+@dataclass(slots=True)
+class Predictor:
+    """Forecasts gaps and learns from them. Not for use by two threads at once.
+
+    ``learn_shared`` off keeps what a session teaches to that session, ``keep_features`` leaves each
+    call's features in the forecast's basis: both for benchmarks and training.
+    """
+
+    table: NodeTable = field(default_factory=lambda: NodeTable(MAX_NODES))
+    correction: Correction | None = None
+    returns: dict[tuple[str, str], Returns] = field(default_factory=dict)
+    overheads: dict[str, Overhead] = field(default_factory=dict)
+    warps: dict[str, Warp] = field(default_factory=dict)
+    observed_total: int = 0
+    learn_shared: bool = True
+    keep_features: bool = False
+
+    # -- forecasting -----------------------------------------------------------------------------
+
+    def forecast(
+        self, calls: Sequence[ToolCall], idle_kind: IdleKind, context: Context
+    ) -> Forecast:
+        """The gap that begins now, after a response with these tool calls."""
+        if not calls or idle_kind in ("ended", "background"):
+            return self._wait(idle_kind, context)
+        seen = [self._look(*features_of(call), context) for call in calls[:MAX_CALLS]]
+        expected = [look.expected for look in seen]
+        bases = [self._call(look, i, expected, context) for i, look in enumerate(seen)]
+        offset_s = self._offset_s(context.client)
+        masses = bases[0].masses if len(bases) == 1 else _longest(bases)
+        lead = max(bases, key=_level)
+        return Forecast(
+            masses,
+            self._p_return(idle_kind, lead.words.kind),
+            idle_kind,
+            offset_s,
+            Basis(idle_kind, context, bases, ()),
+            self.warp_of(lead.words.kind, len(bases) > 1),
+        )
+
+    def warp_of(self, kind: str, parallel: bool = False) -> Curve | None:
+        """The calibration of a tool kind, of parallel calls' maximum or of one call."""
+        found = self.warps.get(kind + "+" if parallel else kind)
+        return found.curve if found is not None else None
+
+    def _look(self, words: CallWords, numbers: list[float], context: Context) -> _Look:
+        """Find a call's nodes and shrink the means of the shared ones."""
+        find = self.table.find
+        rows = [find(key, EMPTY_ROW) for key in _keys(words, context)]
+        data = self.table.data.take(rows, axis=0)
+        stats = data[:, :STATS].tolist()
+        x: list[float] = []
+        m = 0.0
+        for (n, mean, _, _, dev, _, _), k in zip(stats[:4], _SHRINK, strict=False):
+            if n:
+                m = (n * mean + k * m) / (n + k)
+            x += (m, math.log1p(n), dev)
+        n = stats[4][N]
+        if n:
+            m = (n * stats[4][MEAN] + 5.0 * m) / (n + 5.0)
+            x[9] = m
+        return _Look(words, numbers, data, stats, x, m)
+
+    def _call(self, look: _Look, place: int, expected: list[float], context: Context) -> CallBasis:
+        stats = look.stats
+        base = m = look.expected
+        others_max = -4.0
+        before_s = 0.0
+        if len(expected) > 1:
+            others_max = max(e for i, e in enumerate(expected) if i != place)
+            before_s = sum(10**e for e in expected[:place])
+        off, off_kind, slow, slow_here = stats[10:14]
+        x = [
+            *look.numbers,
+            math.log10(1 + context.prompt_tokens),
+            _CLIENTS.get(context.client, 0.0),
+            float(context.last_failed),
+            float(context.since_human),
+            log_s(context.last_human_s),
+            float(len(expected)),
+            float(place),
+            others_max,
+            before_s,
+            *look.x,
+            off[FAST],
+            off[MEAN],
+            off_kind[FAST],
+            off_kind[MEAN],
+            slow[FAST],
+            slow[MEAN],
+            slow_here[FAST],
+            slow_here[MEAN],
+            slow_here[N],
+            stats[5][BEFORE],
+        ]
+        first = True
+        for (n, mean, fast, last, dev, _, _), k in zip(stats[5:10], _SESSION_SHRINK, strict=True):
+            if not n:
+                x += (0.0, m, m, m, 0.0)
+                continue
+            if first:  # the session's mean over all tools says nothing of this one
+                x += (n, fast, m, last, dev)
+            else:
+                m = (n * mean + k * m) / (n + k)
+                x += (n, fast, m, last, dev)
+            first = False
+        vector = np.array(x, np.float32)
+        corrected = self.correction.masses(vector) if self.correction is not None else _SPREAD
+        blended = self._blend(look, corrected)
+        weight = 1.0
+        masses = blended
+        if self.correction is not None:
+            trust = _TRUST_AT_FIRST + stats[3][TRUST] + 0.2 * stats[0][TRUST]
+            weight = 1 / (1 + math.exp(-trust))
+            masses = corrected + (blended - corrected) * np.float32(weight)
+        basis = CallBasis(look.words, base, float(masses @ _CENTRES), blended, weight, masses)
+        if self.keep_features:
+            basis.x = vector
+        return basis
+
+    def _blend(self, look: _Look, base: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Histograms from the particular to the general, each for the share it has earned, and
+        ``base`` for what is left."""
+        stats = look.stats
+        left = 1.0
+        weights = [0.0] * len(stats)
+        for level, pseudo in _BLEND:
+            n = stats[level][N]
+            if n:
+                share = left / (n + pseudo)
+                weights[level] = share
+                left -= share * n
+        return np.array(weights, np.float32) @ look.data[:, STATS:] + base * np.float32(left)
+
+    def _wait(self, idle_kind: IdleKind, context: Context) -> Forecast:
+        keys: tuple[Hashable, ...] = (
+            ("wait", idle_kind),
+            ("tenant", context.tenant, "wait", idle_kind, ""),
+            hash((hash(context.session), 9, idle_kind)),
+        )
+        find = self.table.find
+        rows = [find(key, EMPTY_ROW) for key in keys]
+        n = self.table.data.take(rows, axis=0)[:, N].tolist()
+        left = 1.0
+        masses = np.zeros(BINS, np.float32)
+        for weight, row, pseudo in zip(reversed(n), reversed(rows), (8.0, 20.0, 2.0), strict=True):
+            if weight:
+                share = left / (weight + pseudo)
+                masses += self.table.counts[row] * np.float32(share)
+                left -= share * weight
+        masses += _SPREAD * np.float32(left)
+        return Forecast(
+            masses,
+            self._p_return(idle_kind, ""),
+            idle_kind,
+            0.0,
+            Basis(idle_kind, context, [], keys),
+        )
+
+    def _p_return(self, idle_kind: IdleKind, kind: str) -> float:
+        if idle_kind == "ended":
+            return 0.01
+        found = self.returns.get((idle_kind, kind)) or self.returns.get((idle_kind, ""))
+        return found.probability if found is not None else 0.9
+
+    def _offset_s(self, client: str) -> float:
+        found = self.overheads.get(client)
+        return found.seconds if found is not None else 0.0
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        forecast: Forecast,
+        gap_s: float,
+        durations_s: Sequence[float | None] | None = None,
+        returned: bool = True,
+    ) -> None:
+        """Learn how a forecast gap came out.
+
+        Args:
+            forecast: as made at the gap's start.
+            gap_s: how long it was; with ``returned`` off, how long the session had been waited for
+                when it was given up.
+            durations_s: of each of the forecast's calls, in order, where the client says so (None:
+                not of this one). Without them the gap teaches of its slowest call alone.
+            returned: whether the session came back.
+        """
+        basis = forecast.basis
+        if basis is None:
+            return
+        forecast.basis = None  # a gap teaches once
+        self.observed_total += 1
+        kind = ""
+        if basis.calls:
+            lead = max(basis.calls, key=_level)
+            kind = lead.words.kind
+        for key in (
+            ((basis.idle_kind, kind), (basis.idle_kind, "")) if kind else ((basis.idle_kind, ""),)
+        ):
+            self.returns.setdefault(key, Returns()).add(returned)
+        if not returned:
+            self._censored(basis, forecast, gap_s)
+            return
+        if basis.wait:
+            self._count(basis.wait, log_s(gap_s))
+            return
+        if self.learn_shared:
+            place = kind + "+" if len(basis.calls) > 1 else kind
+            self.warps.setdefault(place, Warp()).add(forecast.stated(gap_s))
+        if durations_s is not None:
+            known = [d for d in durations_s if d is not None]
+            more_s = gap_s - max(known, default=gap_s)
+            if 0 < more_s <= ASKED_S and len(known) == len(basis.calls):
+                self.overheads.setdefault(basis.context.client, Overhead()).add(more_s)
+            for call, duration in zip(basis.calls, durations_s, strict=False):
+                if call is lead and more_s > ASKED_S:
+                    self._learn(call, basis.context, log_s(gap_s))
+                elif duration is not None:
+                    self._learn(call, basis.context, log_s(duration))
+        else:
+            self._learn(lead, basis.context, log_s(gap_s - forecast.offset_s))
+
+    def _learn(self, call: CallBasis, context: Context, log_gap: float) -> None:
+        table = self.table
+        touch = table.touch
+        keys = _keys(call.words, context)
+        rows = np.array(
+            [touch(key) for key in (keys if self.learn_shared else keys[SHARED_LEVELS:])], np.intp
+        )
+        surprise = log_gap - call.expected_log_s
+        slow = 1.0 if surprise > _SLOW[0] and log_gap > _SLOW[1] else 0.0
+        keep = _KEEP[-len(rows) :]
+        value = np.full(len(rows), log_gap, np.float32)
+        value[-4:] = surprise, surprise, slow, slow
+        data = table.data.take(rows, axis=0)
+        n = data[:, N]
+        n *= keep
+        n += 1
+        rate = 1 / n
+        mean, dev, fast = data[:, MEAN], data[:, DEV], data[:, FAST]
+        miss = value - mean
+        mean += miss * rate
+        dev += (np.abs(miss) - dev) * rate
+        fast += (value - fast) * np.maximum(rate, _FAST_RATE)
+        data[:, BEFORE] = data[:, LAST]
+        data[:, LAST] = value
+        bin_ = bin_of(log_gap)
+        counts = data[:, STATS:]
+        counts *= keep[:, None]
+        counts[:, bin_] += 1
+        if self.learn_shared:
+            better = _gain(call, bin_)
+            for level in (0, 3):
+                trust = float(data[level, TRUST]) * _TRUST_MEMORY + better
+                data[level, TRUST] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
+        table.data[rows] = data
+
+    def _count(self, keys: Sequence[Hashable], log_gap: float) -> None:
+        masses = np.zeros(BINS, np.float32)
+        masses[bin_of(log_gap)] = 1
+        self._add(keys, masses, log_gap)
+
+    def _censored(self, basis: Basis, forecast: Forecast, waited_s: float) -> None:
+        """A wait given up says that the gap is longer: its mass goes where the forecast puts what
+        is longer (one step of Efron's self-consistency, 1967), for half an observation."""
+        start = bin_of(log_s(waited_s))
+        rest = forecast.masses.copy()
+        rest[:start] = 0
+        total = float(rest.sum())
+        if total <= 0:
+            return
+        rest *= np.float32(0.5 * forecast.p_return / total)
+        keys: tuple[Hashable, ...] = basis.wait
+        if basis.calls:
+            words = max(basis.calls, key=_level).words
+            keys = _keys(words, basis.context)[:SHARED_LEVELS]
+        self._add(keys, rest, None)
+
+    def _add(
+        self, keys: Sequence[Hashable], masses: NDArray[np.float32], log_gap: float | None
+    ) -> None:
+        table = self.table
+        added = float(masses.sum())
+        for key in keys:
+            own = not isinstance(key, tuple)
+            if not own and not self.learn_shared:
+                continue
+            row = table.touch(key)
+            keep = 1 - 1 / (SESSION_MEMORY if own else SHARED_MEMORY)
+            table.counts[row] = table.counts[row] * np.float32(keep) + masses
+            node = table.stats[row]
+            node[N] = node[N] * keep + added
+            if log_gap is not None:
+                node[MEAN] += (log_gap - node[MEAN]) / node[N]
+                node[LAST] = log_gap
+
+
+@dataclass(slots=True)
+class _Look:
+    """A call's nodes as found."""
+
+    words: CallWords
+    numbers: list[float]
+    data: NDArray[np.float32]
+    stats: list[list[float]]
+    x: list[float]
+    expected: float
+
+
+SHARED_LEVELS: Final = 5
+
+
+def _keys(words: CallWords, context: Context) -> tuple[Hashable, ...]:
+    """A call's nodes: five that all share (one of them the tenant's), five of the session, and the
+    session's surprises: at all tools, at this kind, how often a wait was slow, at all and here. A
+    session's keys are numbers, so that they mean nothing outside this process."""
+    kind, tool, program, sub, digest = words
+    s = hash(context.session)
+    return (
+        ("kind", kind),
+        ("tool", tool),
+        ("program", kind, program),
+        ("sub", tool, program, sub),
+        ("tenant", context.tenant, tool, program, sub),
+        hash((s, 0)),
+        hash((s, 1, kind)),
+        hash((s, 2, tool, program)),
+        hash((s, 3, tool, program, sub)),
+        hash((s, 4, digest)),
+        hash((s, 5)),
+        hash((s, 6, kind)),
+        hash((s, 7)),
+        hash((s, 8, tool, program)),
+    )
+
+
+def _gain(call: CallBasis, bin_: int) -> float:
+    """By how much the histograms forecast this bin better than the correction, log likelihood."""
+    share = call.weight
+    if share > 0.999:
+        return 0.0
+    blended = float(call.blended[bin_])
+    corrected = max(0.0, (float(call.masses[bin_]) - share * blended) / (1 - share))
+    return math.log((blended + _LEAST) / (corrected + _LEAST))
+
+
+def _level(call: CallBasis) -> float:
+    return call.level
+
+
+def _longest(calls: list[CallBasis]) -> NDArray[np.float32]:
+    """The distribution of the longest of parallel calls: the slowest one's distribution function
+    times a power of the others'."""
+    lead = max(calls, key=_level)
+    below = np.cumsum(lead.masses)
+    for call in calls:
+        if call is not lead:
+            below *= np.cumsum(call.masses) ** np.float32(_SIBLING)
+    below /= below[-1]
+    below[1:] -= below[:-1].copy()
+    return below

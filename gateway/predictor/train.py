@@ -1,0 +1,315 @@
+"""Train the priors that ship with the package, from records of real sessions.
+
+Sources and licences of the shipped file: `gateway/predictor/PRIORS.md`. Run again with
+``cachewise forecast train --data DIR``; needs the extra ``train`` (CatBoost).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from gateway.dialects.turn import ToolCall
+from gateway.predictor.correction import Correction
+from gateway.predictor.forecast import Forecast
+from gateway.predictor.grid import BINS, bin_of, log_s
+from gateway.predictor.model import MAX_CALLS, CallBasis, Context, Predictor, Returns
+from gateway.predictor.records import call_of, read
+from gateway.predictor.table import TRUST, N
+from gateway.predictor.warp import Warp
+from gateway.sessions import GAPS_KEPT
+
+TREES: Final = 130
+DEPTH: Final = 6
+RATE: Final = 0.19
+FOLDS: Final = 4
+SEED: Final = 7
+
+CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
+
+
+@dataclass(slots=True)
+class Turn:
+    """A turn of a recorded session: its calls, how long each took, and the gap."""
+
+    calls: list[ToolCall]
+    durations_s: list[float]
+    records: list[dict[str, Any]]
+    prompt_tokens: int
+    last_failed: bool = False
+    since_human: int = 8
+    last_human_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Recorded:
+    """A recorded session."""
+
+    source: str
+    name: str
+    client: str
+    turns: list[Turn] = field(default_factory=list)
+    human_gaps_s: list[float] = field(default_factory=list)
+
+    def context(self, turn: Turn) -> Context:
+        return Context(
+            (self.source, self.name),
+            self.source,
+            self.client,
+            turn.prompt_tokens,
+            turn.last_failed,
+            turn.since_human,
+            turn.last_human_s,
+        )
+
+
+def load(folder: Path) -> list[Recorded]:
+    """The sessions of ``tool-calls-*.jsonl.gz`` and ``tool-turns-*.jsonl.gz`` in a folder, in the
+    order of time. Raises `FileNotFoundError` where there are none."""
+    calls = sorted(folder.glob("tool-calls*.jsonl.gz"))
+    if not calls:
+        raise FileNotFoundError(f"{folder}: no tool-calls*.jsonl.gz in it")
+    sessions: dict[tuple[str, str], Recorded] = {}
+    turns: dict[tuple[str, str, int], Turn] = {}
+    for path in calls:
+        for record in sorted(
+            read(path), key=lambda r: (r["source"], r["session"], r["turn"], r["index"])
+        ):
+            if record["duration_s"] is None:
+                continue
+            place = record["source"], record["session"]
+            session = sessions.get(place)
+            if session is None:
+                client = CLIENTS.get(record["agent"], "other")
+                session = sessions[place] = Recorded(*place, client)
+            turn = turns.get((*place, record["turn"]))
+            if turn is None:
+                turn = turns[*place, record["turn"]] = Turn([], [], [], record["ctx"] or 0)
+                session.turns.append(turn)
+            turn.calls.append(call_of(record))
+            turn.durations_s.append(record["duration_s"])
+            turn.records.append(record)
+    humans: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for path in sorted(folder.glob("tool-turns*.jsonl.gz")):
+        for record in read(path):
+            if record["gap_kind"] == "user":
+                place = record["source"], record["session"]
+                humans.setdefault(place, []).append((record["t"] or 0.0, record["gap_s"]))
+    for place, session in sessions.items():
+        gaps = sorted(humans.get(place, []))
+        session.human_gaps_s = [gap_s for _, gap_s in gaps]
+        _note_humans(session.turns, gaps)
+    return list(sessions.values())
+
+
+def _note_humans(turns: list[Turn], gaps: list[tuple[float, float]]) -> None:
+    """Tell each turn how its session got there, as the gateway would know."""
+    ahead = list(reversed(gaps))
+    since, last_s = GAPS_KEPT, 0.0
+    failed = False
+    for turn in turns:
+        while ahead and ahead[-1][0] < (turn.records[0]["t"] or 0.0):
+            since, last_s = 0, ahead.pop()[1]
+            failed = False
+        turn.since_human = since
+        turn.last_human_s = last_s if since < GAPS_KEPT else 0.0
+        turn.last_failed = failed
+        failed = turn.records[-1]["is_error"] is True
+        since = min(since + 1, GAPS_KEPT)
+
+
+Seen = tuple[Turn, int, CallBasis, Forecast]
+"""A call of a turn: the turn, the call's place in it, what was forecast of it, and the turn's whole
+forecast."""
+
+
+def replay(predictor: Predictor, session: Recorded, in_order: bool = False) -> Iterator[Seen]:
+    """Forecast and observe a session's turns in order; yields its calls before they are observed,
+    at most `MAX_CALLS` a turn.
+
+    As a gateway sees it, a turn's parallel calls are forecast together and learned from together
+    when all are done. With ``in_order`` each call is forecast when those before it in the list have
+    been learned from, as records of calls are usually scored.
+    """
+    for turn in session.turns:
+        durations = turn.durations_s[:MAX_CALLS]
+        if not in_order:
+            forecast = predictor.forecast(turn.calls, "tool", session.context(turn))
+            assert forecast.basis is not None
+            for place, call in enumerate(forecast.basis.calls):
+                yield turn, place, call, forecast
+            predictor.observe(forecast, max(durations), durations)
+            continue
+        for place, duration_s in enumerate(durations):
+            forecast = predictor.forecast(turn.calls, "tool", session.context(turn))
+            assert forecast.basis is not None
+            yield turn, place, forecast.basis.calls[place], forecast
+            alone: list[float | None] = [None] * len(durations)
+            alone[place] = duration_s
+            predictor.observe(forecast, duration_s, alone)
+
+
+def nodes_of(sessions: Sequence[Recorded]) -> Predictor:
+    """A predictor that has seen the sessions, without tenants and without what is theirs alone."""
+    predictor = Predictor()
+    for session in sessions:
+        for _ in replay(predictor, session):
+            pass
+        predictor.overheads.clear()
+        for gap_s in session.human_gaps_s:
+            waiting = predictor.forecast([], "human", Context((session.source, session.name)))
+            predictor.observe(waiting, gap_s)
+    predictor.returns = returns_of(sessions)
+    return prior_part(predictor)
+
+
+def returns_of(sessions: Sequence[Recorded]) -> dict[tuple[str, str], Returns]:
+    """Returns after each kind of wait. A recorded session ends once: where its last turn was
+    answered by a person's silence, that is a wait without return."""
+    human = float(sum(len(session.human_gaps_s) for session in sessions))
+    tool = float(sum(len(session.turns) for session in sessions))
+    ends = float(len(sessions))
+    scale = min(1.0, 500 / max(human + ends, 1))
+    return {
+        ("human", ""): Returns(human * scale, ends * scale),
+        ("background", ""): Returns(human * scale, ends * scale / 2),
+        ("tool", ""): Returns(990.0, max(1.0, 1000 * 0.01 * ends / max(tool, 1))),
+    }
+
+
+def prior_part(predictor: Predictor) -> Predictor:
+    """What of a predictor is of use to everybody: nodes of no tenant and no session, their weight
+    cut so that new traffic soon counts."""
+    kept = Predictor(returns=predictor.returns)
+    old, new = predictor.table, kept.table
+    for key, row in old:
+        if isinstance(key, tuple) and key[0] != "tenant":
+            to = new.touch(key)
+            n = float(old.stats[row, N])
+            scale = min(1.0, PRIOR_WEIGHT / n) if n else 1.0
+            new.stats[to] = old.stats[row]
+            new.stats[to, N] = n * scale
+            new.stats[to, TRUST] = 0
+            new.counts[to] = old.counts[row] * np.float32(scale)
+    return kept
+
+
+PRIOR_WEIGHT: Final = 100.0
+"""Gaps that a prior counts for at most."""
+
+
+def rows_of(
+    sessions: Sequence[Recorded], folds: int = FOLDS
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features and bins of all calls, each seen with priors from sessions of other folds."""
+    xs: list[NDArray[np.float32]] = []
+    ys: list[int] = []
+    for fold in range(folds):
+        predictor = nodes_of([s for i, s in enumerate(sessions) if i % folds != fold])
+        predictor.learn_shared = False
+        predictor.keep_features = True
+        for number, session in enumerate(sessions):
+            if number % folds != fold:
+                continue
+            # Half of the sessions as gateways see them, half call by call.
+            for turn, place, call, _ in replay(predictor, session, in_order=number % 2 == 1):
+                assert call.x is not None
+                xs.append(call.x)
+                ys.append(bin_of(log_s(turn.durations_s[place])))
+    return np.array(xs, np.float32), np.array(ys)
+
+
+def correction_of(
+    x: NDArray[np.float32], y: NDArray[np.int64], trees: int = TREES, threads: int = 2
+) -> Correction:
+    """Fit the trees. Raises `ImportError` where CatBoost is not installed."""
+    from catboost import CatBoostClassifier
+
+    y = np.append(y, np.arange(BINS))  # every bin must be there
+    x = np.append(x, np.zeros((BINS, x.shape[1]), np.float32), axis=0)
+    weight = np.append(np.ones(len(y) - BINS), np.full(BINS, 1e-3))
+    model = CatBoostClassifier(
+        loss_function="MultiClass",
+        iterations=trees,
+        depth=DEPTH,
+        learning_rate=RATE,
+        boosting_type="Plain",
+        bootstrap_type="Bernoulli",
+        subsample=0.7,
+        rsm=0.4,
+        border_count=64,
+        leaf_estimation_iterations=1,
+        thread_count=threads,
+        random_seed=SEED,
+        allow_writing_files=False,
+        verbose=0,
+    )
+    model.fit(x, y, sample_weight=weight)
+    return exported(model)
+
+
+def exported(model: Any) -> Correction:
+    """CatBoost's oblivious trees as arrays."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.json"
+        model.save_model(str(path), format="json")
+        data = orjson.loads(path.read_bytes())
+    trees = data["oblivious_trees"]
+    depth = max(len(tree["splits"] or []) for tree in trees)
+    columns = np.zeros((len(trees), depth), np.int16)
+    limits = np.full((len(trees), depth), np.inf, np.float32)
+    leaves = np.zeros((len(trees), 1 << depth, BINS), np.float16)
+    for i, tree in enumerate(trees):
+        for j, split in enumerate(tree["splits"] or []):
+            columns[i, j] = split["float_feature_index"]
+            limits[i, j] = split["border"]
+        values = np.array(tree["leaf_values"], np.float64).reshape(-1, BINS)
+        leaves[i, : len(values)] = values
+    bias = np.array(data["scale_and_bias"][1], np.float32)
+    if bias.shape != (BINS,):
+        bias = np.zeros(BINS, np.float32)
+    return Correction(columns, limits, leaves, bias)
+
+
+def trained(sessions: Sequence[Recorded], trees: int = TREES, folds: int = FOLDS) -> Predictor:
+    """Priors, correction and calibration from recorded sessions. The calibration is of a correction
+    trained on three quarters of them, seen on the last one."""
+    predictor = nodes_of(sessions)
+    if len(sessions) >= 4 * folds:
+        some = [session for i, session in enumerate(sessions) if i % 4]
+        rest = [session for i, session in enumerate(sessions) if not i % 4]
+        trial = nodes_of(some)
+        trial.correction = correction_of(*rows_of(some, folds), trees)
+        predictor.warps = warps_of(trial, rest)
+    predictor.correction = correction_of(*rows_of(sessions, folds), trees)
+    return predictor
+
+
+def warps_of(predictor: Predictor, sessions: Sequence[Recorded]) -> dict[str, Warp]:
+    """Where in their forecasts the sessions' calls and gaps ended."""
+    predictor.learn_shared = False
+    found: dict[str, Warp] = {}
+    for session in sessions:
+        for turn, place, call, whole in replay(predictor, session):
+            alone = Forecast(call.masses, 1.0, "tool").stated(turn.durations_s[place])
+            found.setdefault(call.words.kind, Warp()).add(alone)
+            if place == 0 and len(turn.calls) > 1:
+                lead = max(predictor_calls(whole), key=lambda each: each.level)
+                ended = whole.stated(max(turn.durations_s))
+                found.setdefault(lead.words.kind + "+", Warp()).add(ended)
+    for warp in found.values():
+        warp.refresh()
+    return found
+
+
+def predictor_calls(forecast: Forecast) -> list[CallBasis]:
+    """The calls of a forecast that has not been observed yet."""
+    assert forecast.basis is not None
+    return forecast.basis.calls
