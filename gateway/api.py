@@ -250,7 +250,9 @@ def _pod(pod: Pod) -> dict[str, Any]:
     return {
         "name": pod.name,
         "url": pod.url,
+        "rank": pod.rank,
         "ready": pod.ready,
+        "withheld": pod.withheld,
         "draining": pod.draining,
         "models": [{"id": name, "max_model_len": n} for name, n in pod.models.items()],
         "version": probed.version if probed else None,

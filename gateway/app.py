@@ -64,7 +64,7 @@ def create_app(settings: Settings) -> App:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            if not settings.pods:
+            if not settings.pods and settings.discovery.kind == "static":
                 await stack.enter_async_context(embedded_fleet(gateway))
             await stack.enter_async_context(gateway.relay)
             await stack.enter_async_context(gateway.loop.hints)
@@ -179,7 +179,7 @@ class Plain:
 
     async def ready(self, request: Request) -> Response:
         """Turns can be taken: at least one pod is ready and the gateway is not shutting down."""
-        pods = {pod.name: pod.ready for pod in self.gateway.fleet}
+        pods = {pod.name: pod.takes_turns for pod in self.gateway.fleet}
         ready = any(pods.values()) and not self.gateway.draining
         response = json_response({"status": "ready" if ready else "not_ready", "pods": pods})
         response.status_code = 200 if ready else 503

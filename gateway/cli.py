@@ -64,6 +64,19 @@ def _resolve(
         list[str] | None,
         typer.Option(help="Address of a pod; may be given again.", metavar="URL"),
     ] = None,
+    discovery: Annotated[
+        Text,
+        typer.Option(help="static, dns or kubernetes: where pods come from besides --pod."),
+    ] = None,
+    discovery_dns_name: Annotated[
+        Text, typer.Option(help="Name whose addresses are the pods.", metavar="NAME")
+    ] = None,
+    discovery_service: Annotated[
+        Text, typer.Option(help="Kubernetes Service whose endpoints are the pods.", metavar="NAME")
+    ] = None,
+    discovery_selector: Annotated[
+        Text, typer.Option(help="Label selector of the pods in Kubernetes.", metavar="SELECTOR")
+    ] = None,
     model_alias: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,6 +101,12 @@ def _resolve(
         "host": host,
         "port": port,
         "pods": pod or None,
+        "discovery": {
+            "kind": discovery,
+            "dns_name": discovery_dns_name,
+            "service": discovery_service,
+            "selector": discovery_selector,
+        },
         "models": {"aliases": ",".join(model_alias) if model_alias else None},
         "routing": {"policy": routing_policy},
         "log": {"level": log_level, "format": log_format},
@@ -283,7 +302,11 @@ def banner(settings: Settings, port: int) -> str:
     scheme = "https" if settings.tls.certfile else "http"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     url = f"{scheme}://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{port}"
-    if settings.pods:
+    if settings.discovery.kind != "static":
+        where = settings.discovery.dns_name or settings.discovery.service
+        where = where or settings.discovery.selector
+        fleet, model = f"discovered by {settings.discovery.kind}: {where}", "MODEL"
+    elif settings.pods:
         fleet, model = f"{_count(len(settings.pods), 'pod')}", "MODEL"
     else:
         fleet = (

@@ -148,7 +148,7 @@ class ClosedLoop:
                 self.admission.pod_lost(pod.name, now)
             case "restarted":
                 self.conductor.restarted(pod, now)
-            case "ready" if not pod.draining:
+            case "ready" if pod.takes_turns:
                 self.admission.take_in([pod], now)
                 self.admission.pods_changed(now)
             case "capacity":

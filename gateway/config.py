@@ -94,6 +94,9 @@ class PodSettings(_Model):
     """Name in metrics, logs and the inspector; host and port if not given."""
     api_key: SecretStr | None = None
     """Key sent to this pod, instead of `access.pod_api_key`."""
+    dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
+    """Data-parallel ranks behind the address: each is a pod of its own, asked for by
+    `X-data-parallel-rank`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +117,78 @@ class PodSettings(_Model):
         if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError("holds more than scheme, host and port")
         return url
+
+
+_DNS_NAME: Final = re.compile(
+    r"(?=.{1,253}\Z)\w([\w-]{0,61}\w)?(\.\w([\w-]{0,61}\w)?)*\.?", re.ASCII
+)
+_SERVICE: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_NAMESPACE: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_LABEL_KEY: Final = r"([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?"
+_LABEL_VALUE: Final = r"([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?"
+_REQUIREMENT: Final = (
+    rf"(!?{_LABEL_KEY}|{_LABEL_KEY}\s*(=|==|!=)\s*{_LABEL_VALUE}"
+    rf"|{_LABEL_KEY}\s+(in|notin)\s+\(\s*{_LABEL_VALUE}(\s*,\s*{_LABEL_VALUE})*\s*\))"
+)
+_SELECTOR: Final = re.compile(rf"\s*{_REQUIREMENT}(\s*,\s*{_REQUIREMENT})*\s*", re.ASCII)
+
+
+class DiscoverySettings(_Model):
+    kind: Literal["static", "dns", "kubernetes"] = "static"
+    """Where pods come from besides `pods`: nowhere, the addresses of a DNS name, or the Kubernetes
+    API."""
+    dns_name: str | None = Field(
+        default=None, validate_default=True, json_schema_extra=_allowed("a DNS name, for kind dns")
+    )
+    """Name whose A, else AAAA records are the pods (a headless Service); of an SRV name,
+    `_PORT._tcp.NAME`, its targets and their ports."""
+    service: str | None = Field(
+        default=None,
+        validate_default=True,
+        json_schema_extra=_allowed("the name of a Service, for kind kubernetes"),
+    )
+    """Service whose EndpointSlices are the pods."""
+    selector: str | None = Field(
+        default=None,
+        validate_default=True,
+        json_schema_extra=_allowed(
+            "a label selector such as app=vllm, for kind kubernetes; this or discovery.service"
+        ),
+    )
+    """Label selector of the pods; with `service` too, of those among its endpoints."""
+    namespace: str | None = Field(
+        default=None, validate_default=True, json_schema_extra=_allowed("the name of a namespace")
+    )
+    """Their namespace; the gateway's own if not given."""
+    port: Annotated[int | None, Field(ge=1, le=65535)] = Field(
+        default=None, json_schema_extra=_allowed("a whole number from 1 to 65535")
+    )
+    """Their port; if not given, what the EndpointSlices or SRV records say, else 8000."""
+    scheme: Literal["http", "https"] = "http"
+    """How they are spoken to."""
+    dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
+    """Data-parallel ranks behind each address; see `dp_ranks` of a pod."""
+    interval_s: Seconds = 5.0
+    """Time between two DNS look-ups."""
+
+    @field_validator("dns_name", "service", "selector", "namespace")
+    @classmethod
+    def _for_its_kind(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("kind")
+        if kind is None:
+            return value
+        if value is None:
+            needed = {"dns": "dns_name", "kubernetes": "selector"}.get(kind)
+            named = needed == "selector" and info.data.get("service", "wrong")
+            if info.field_name == needed and not named:
+                raise ValueError("is missing")
+            return value
+        if kind != ("dns" if info.field_name == "dns_name" else "kubernetes"):
+            raise ValueError(f"is set while discovery.kind is {kind!r}")
+        forms = {"dns_name": _DNS_NAME, "service": _SERVICE, "namespace": _NAMESPACE}
+        if not forms.get(info.field_name or "", _SELECTOR).fullmatch(value):
+            raise ValueError("is not of that form")
+        return value
 
 
 class ModelSettings(_Model):
@@ -389,9 +464,12 @@ class Settings(BaseSettings):
     """Time that running turns get to finish at shutdown."""
     pods: Annotated[tuple[PodSettings, ...], BeforeValidator(_split_list)] = Field(
         default=(),
-        json_schema_extra=_allowed("URL[,URL…], or a list of URL or of url, name, api_key"),
+        json_schema_extra=_allowed(
+            "URL[,URL…], or a list of URL or of url, name, api_key, dp_ranks"
+        ),
     )
-    """The fleet; embedded pods if empty."""
+    """The fleet; embedded pods if empty and none are discovered."""
+    discovery: DiscoverySettings = DiscoverySettings()
     models: ModelSettings = ModelSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
     routing: RoutingSettings = RoutingSettings()
@@ -746,8 +824,9 @@ def reference() -> str:
         lines.append(f"| `{'.'.join(path)}` | `{default}` | {allowed(field)} | {meaning} |")
     lines += ["", "## A pod", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
     for name, field in PodSettings.model_fields.items():
-        default = "required" if field.is_required() else "`-`"
-        lines.append(f"| `{name}` | {default} | {allowed(field)} | {field.description} |")
+        default = "required" if field.is_required() else f"`{shown(field.default, field)}`"
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{name}` | {default} | {allowed(field)} | {meaning} |")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 

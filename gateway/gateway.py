@@ -10,7 +10,9 @@ from gateway.access import Access, Tenant
 from gateway.closed_loop import ClosedLoop
 from gateway.config import Settings
 from gateway.errors import GatewayError, no_pod_ready
+from gateway.fleet.discovery import discovery
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.pod import Pod
 from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
@@ -28,6 +30,8 @@ class Gateway:
             settings.pods,
             settings.probe,
             pod_key.get_secret_value() if pod_key is not None else None,
+            discovery(settings.discovery),
+            settings.discovery.dp_ranks,
         )
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
@@ -35,10 +39,16 @@ class Gateway:
         self.foresight = Foresight(settings.forecast, self.metrics)
         self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
         self.trusted = frozenset(settings.hints.trusted_tenants)
+        self.fleet.removed = self.pod_removed
         self.aliases = dict(settings.models.aliases)
         self.draining = False
         self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+
+    def pod_removed(self, pod: Pod) -> None:
+        """Nothing is kept of a pod that has left the fleet."""
+        self.metrics.forget(pod.name)
+        self.loop.hints.forget(pod)
 
     def shut_down(self) -> None:
         """From now on turns are refused, held ones too; those that run go on."""

@@ -122,6 +122,13 @@ class HintSender:
         if pod.name not in self._tasks:
             self._tasks[pod.name] = asyncio.create_task(self._drain(pod), name=f"hints {pod.name}")
 
+    def forget(self, pod: Pod) -> None:
+        """The pod has left: what waits for it is dropped."""
+        queue = self._queues.pop(pod.name, None)
+        if queue:
+            self._count("dropped", len(queue))
+            queue.clear()
+
     async def _drain(self, pod: Pod) -> None:
         queue = self._queues[pod.name]
         try:

@@ -6,7 +6,6 @@ session, key, path or text of a client is ever a label.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import inf
 from typing import Generic, TypeVar
 
@@ -23,7 +22,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from gateway.admission import Admission
-from gateway.fleet.pod import Pod
+from gateway.fleet.fleet import Fleet
 from gateway.sessions import SessionStore
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -294,6 +293,11 @@ class Metrics:
             ("pod",),
             registry=registry,
         )
+        self.discovery_failures = Counter(
+            "cachewise_discovery_failures",
+            "Times that discovery could not ask where the pods are.",
+            registry=registry,
+        )
         self.pod_places = Gauge(
             "cachewise_pod_admitted_sessions",
             "Sessions that have a place on the pod.",
@@ -342,9 +346,21 @@ class Metrics:
             registry=registry,
         )
 
+    def forget(self, pod: str) -> None:
+        """Drop what is kept of a pod that has left."""
+        for kept in vars(self).values():
+            metric = kept.metric if isinstance(kept, Family) else kept
+            if not isinstance(metric, MetricWrapperBase) or "pod" not in metric._labelnames:
+                continue
+            metric.remove_by_labels({"pod": pod})
+            if isinstance(kept, Family):
+                at = metric._labelnames.index("pod")
+                for values in [values for values in kept if values[at] == pod]:
+                    del kept[values]
+
     def refresh(
         self,
-        fleet: Iterable[Pod],
+        fleet: Fleet,
         sessions: SessionStore,
         admission: Admission,
         log_lines_dropped: int,
@@ -357,6 +373,8 @@ class Metrics:
             self.sessions.labels(state).set(count)
         _raise_to(self.sessions_evicted, sessions.evicted_total)
         _raise_to(self.log_lines_dropped, log_lines_dropped)
+        if fleet.discovery is not None:
+            _raise_to(self.discovery_failures, fleet.discovery.failures)
         for gauge in (
             self.pod_capacity,
             self.pod_kv_usage,
@@ -380,7 +398,7 @@ class Metrics:
                 self.pod_budget.labels(name).set(book.budget_tokens)
                 self.pod_horizon.labels(name).set(book.horizon_s)
         for pod in fleet:
-            self.pod_ready.labels(pod.name).set(pod.ready)
+            self.pod_ready.labels(pod.name).set(pod.takes_turns)
             self.pod_in_flight.labels(pod.name).set(pod.in_flight)
             self.pod_queued.labels(pod.name).set(pod.queued_prefill_tokens)
             self.pod_rate.labels(pod.name).set(pod.rate.tokens_per_s)

@@ -47,11 +47,12 @@ NOT_SENT_ON = HOP_BY_HOP | {
     b"x-cachewise-admin-token",
     b"x-cachewise-priority",
     b"x-cachewise-route",
+    b"x-data-parallel-rank",
     b"x-kv-hints-token",
     b"x-session-id",
 }
 """Request headers the gateway answers for itself. Pods answer uncompressed, so that the observer
-can read; the body was decompressed; the session id and the right to hint are the gateway's own."""
+can read; the body was decompressed; session id, rank, right to hint are the gateway's own."""
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
 
@@ -140,6 +141,8 @@ class Relay:
             sent.append(("Authorization", f"Bearer {pod.api_key}"))
         if session_id is not None and pod.takes_session_id:
             sent.append(("X-Session-ID", session_id))
+        if pod.rank is not None:
+            sent.append(("X-data-parallel-rank", str(pod.rank)))
         return sent
 
     async def open(

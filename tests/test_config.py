@@ -199,7 +199,7 @@ def test_pods_come_from_a_variable_a_file_or_flags_alike(tmp_path: Path) -> None
         (
             {"CACHEWISE_PODS": "[{"},
             "pods: '[{' is not valid JSON; allowed: URL[,URL…], or a list of URL or of url, name, "
-            "api_key (from CACHEWISE_PODS)",
+            "api_key, dp_ranks (from CACHEWISE_PODS)",
         ),
         (
             {"CACHEWISE_PODS": '[{"name": "x"}]'},
@@ -209,7 +209,7 @@ def test_pods_come_from_a_variable_a_file_or_flags_alike(tmp_path: Path) -> None
         (
             {"CACHEWISE_PODS": "http://a,http://a/v1"},
             "pods: 'http://a,http://a/v1' has the url 'http://a' twice; allowed: URL[,URL…], or a "
-            "list of URL or of url, name, api_key (from CACHEWISE_PODS)",
+            "list of URL or of url, name, api_key, dp_ranks (from CACHEWISE_PODS)",
         ),
         (
             {"CACHEWISE_RELAY": "5"},

@@ -142,3 +142,15 @@ def test_it_reads_what_the_official_parser_reads(
 def test_no_page_makes_it_raise(noise: str) -> None:
     for name in (*GAUGES.values(), *COUNTERS.values(), "vllm:cache_config_info"):
         assert isinstance(parse_load(name + noise), PodLoad)
+
+
+def test_the_load_of_one_rank_is_its_own() -> None:
+    page = """vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 5.0
+vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="10"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="20"} 1.0
+"""
+    assert [
+        (parse_load(page, rank).running_requests, parse_load(page, rank).capacity_tokens)
+        for rank in (None, 0, 1, 2)
+    ] == [(8, 480), (3, 160), (5, 320), (None, None)]

@@ -1,4 +1,9 @@
-"""The fleet: all pods, watched by one prober each, and who can serve which model."""
+"""The fleet: all pods, watched by one prober each, and who can serve which model.
+
+A pod is added by the settings or found by discovery. One that discovery no longer finds, or finds
+to be leaving, gets no new turns and is removed when its running ones have ended. One that was
+started anew is another pod of the same name: what was known of the old one goes with it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Literal
 
 import httpx
 
 from gateway.config import PodSettings, ProbeSettings
+from gateway.fleet.discovery import Discovery, Found
 from gateway.fleet.pod import Pod
 from gateway.fleet.probe import ProbeResult, probe
 
@@ -20,24 +27,119 @@ Event = Literal["ready", "lost", "restarted", "capacity", "draining"]
 
 
 class Fleet:
-    """The pods by name. `watched` keeps their state fresh while it is entered."""
+    """The pods by name. `watched` keeps their state fresh while it is entered.
+
+    Discovered pods have ``ranks`` engines each.
+    """
 
     def __init__(
-        self, pods: Sequence[PodSettings], settings: ProbeSettings, pod_api_key: str | None = None
+        self,
+        pods: Sequence[PodSettings],
+        settings: ProbeSettings,
+        pod_api_key: str | None = None,
+        discovery: Discovery | None = None,
+        ranks: int = 1,
     ) -> None:
         self.settings = settings
         self.pod_api_key = pod_api_key
+        self.discovery = discovery
+        self.ranks = ranks
         self.pods: dict[str, Pod] = {}
+        self._found: dict[str, Found] = {}
+        """What discovery said of the pods that it brought, by their names here."""
+        self._gone: set[str] = set()
+        """Of these, the names that it does not find any more."""
+        self._leaving: set[str] = set()
+        """Of these, the names that it drains."""
+        self._watchers: dict[Pod, asyncio.Task[None]] = {}
+        self._start_watcher: Callable[[Pod], asyncio.Task[None]] | None = None
         self.changed: Callable[[Pod, Event], None] = lambda pod, event: None
         """Called after a pod's state has changed."""
+        self.removed: Callable[[Pod], None] = lambda pod: None
+        """Called with each pod that has left."""
         for pod in pods:
             self.add(pod)
 
     def add(self, pod: PodSettings) -> None:
-        """Take a pod in; it gets turns once a probe finds it ready."""
+        """Take a pod in, as one for each of its ranks; it gets turns once a probe finds it
+        ready."""
         name = pod.name or pod.url.partition("://")[2]
         key = pod.api_key.get_secret_value() if pod.api_key is not None else self.pod_api_key
-        self.pods[name] = Pod(name=name, url=pod.url, api_key=key)
+        for one, rank in _by_rank(name, pod.dp_ranks):
+            self._enter(Pod(name=one, url=pod.url, api_key=key, rank=rank))
+
+    def _enter(self, pod: Pod) -> None:
+        self.pods[pod.name] = pod
+        if self._start_watcher is not None:
+            self._watchers[pod] = self._start_watcher(pod)
+
+    def _remove(self, pod: Pod) -> None:
+        if self.pods.get(pod.name) is pod:
+            del self.pods[pod.name]
+        self._found.pop(pod.name, None)
+        self._gone.discard(pod.name)
+        self._leaving.discard(pod.name)
+        watcher = self._watchers.pop(pod, None)
+        if watcher is not None:
+            watcher.cancel()
+        ready, pod.ready = pod.ready, False
+        try:
+            if ready:
+                self.changed(pod, "lost")
+            self.changed(pod, "restarted")  # its cache is no more; one of its name begins anew
+            self.removed(pod)
+        except Exception:
+            logger.exception("that pod %s has left was not taken in", pod.name)
+
+    def reconcile(self, found: Sequence[Found]) -> None:
+        """Make the discovered part of the fleet what discovery says it is."""
+        named = {
+            name: (one, rank) for one in found for name, rank in _by_rank(one.name, self.ranks)
+        }
+        for name, (one, rank) in named.items():
+            pod = self.pods.get(name)
+            before = self._found.get(name)
+            if pod is not None and before is None:
+                continue  # a pod of the settings has the name
+            if pod is not None and before is not None and _is_another(before, one):
+                logger.info("pod %s was started anew", name)
+                self._remove(pod)
+                pod = before = None
+            if pod is None:
+                if one.leaving:
+                    continue
+                logger.info("pod %s is found at %s", name, one.url)
+                pod = Pod(name=name, url=one.url, api_key=self.pod_api_key, rank=rank)
+                self._enter(pod)
+            start = one.start or (before.start if before is not None else None)
+            self._found[name] = replace(one, start=start)
+            self._gone.discard(name)
+            pod.url = one.url
+            self._withhold(pod, not one.serving)
+            self._leave(pod, one.leaving)
+        for name in [name for name in self._found if name not in named]:
+            self._gone.add(name)
+            self._leave(self.pods[name], True)
+            self._retire(self.pods[name])
+
+    def _retire(self, pod: Pod) -> None:
+        """Remove the pod if it is gone and its last turn has ended."""
+        if pod.name in self._gone and not pod.in_flight:
+            self._remove(pod)
+
+    def _leave(self, pod: Pod, leaving: bool) -> None:
+        """Drain a pod that is stopping or gone; take back what was drained so."""
+        if leaving != (pod.name in self._leaving):
+            (self._leaving.add if leaving else self._leaving.discard)(pod.name)
+            self.drain(pod, leaving)
+
+    def _withhold(self, pod: Pod, withheld: bool) -> None:
+        if pod.withheld != withheld:
+            pod.withheld = withheld
+            if withheld:
+                self.changed(pod, "draining")
+            elif pod.takes_turns:
+                self.changed(pod, "ready")
 
     def __iter__(self) -> Iterator[Pod]:
         return iter(self.pods.values())
@@ -61,36 +163,53 @@ class Fleet:
         return [
             pod
             for pod in self.pods.values()
-            if pod.ready and not pod.draining and model in pod.models and pod not in but
+            if pod.takes_turns and model in pod.models and pod not in but
         ]
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Probe every pod once, then keep probing until left."""
+        """Probe every pod once, then keep probing and discovering until left."""
         async with httpx.AsyncClient(timeout=self.settings.timeout_s, trust_env=False) as client:
             await asyncio.gather(*(self._probe(client, pod) for pod in self.pods.values()))
             async with asyncio.TaskGroup() as tasks:
-                watchers = [
-                    tasks.create_task(self._watch(client, pod), name=f"probe {pod.name}")
-                    for pod in self.pods.values()
-                ]
+
+                def start(pod: Pod) -> asyncio.Task[None]:
+                    return tasks.create_task(self._watch(client, pod), name=f"probe {pod.name}")
+
+                self._start_watcher = start
+                self._watchers = {pod: start(pod) for pod in self.pods.values()}
+                discovering = tasks.create_task(self._discover(), name="discovery")
                 try:
                     yield
                 finally:
-                    for watcher in watchers:
+                    self._start_watcher = None
+                    discovering.cancel()
+                    for watcher in self._watchers.values():
                         watcher.cancel()
+                    self._watchers = {}
+
+    async def _discover(self) -> None:
+        while self.discovery is not None:
+            try:
+                await self.discovery.run(self.reconcile)
+            except Exception:
+                logger.exception("discovery failed; it starts anew")
+            await asyncio.sleep(self.settings.interval_s)
 
     async def _watch(self, client: httpx.AsyncClient, pod: Pod) -> None:
         while True:
-            await asyncio.sleep(self.settings.interval_s)
+            if pod.probed is not None or pod.failures:
+                await asyncio.sleep(self.settings.interval_s)
             try:
                 await self._probe(client, pod)
             except Exception:
+                pod.failures += 1
                 logger.exception("probe of pod %s failed", pod.name)
+            self._retire(pod)
 
     async def _probe(self, client: httpx.AsyncClient, pod: Pod) -> None:
         known = pod.probed if pod.ready else None
-        result = await probe(client, pod.url, pod.api_key, self.settings.timeout_s, known)
+        result = await probe(client, pod.url, pod.api_key, self.settings.timeout_s, known, pod.rank)
         self.apply(pod, result)
 
     def apply(self, pod: Pod, result: ProbeResult) -> None:
@@ -137,8 +256,20 @@ class Fleet:
             logger.info("pod %s is %s", pod.name, "draining" if draining else "in use again")
             if draining:
                 self.changed(pod, "draining")
-            elif pod.ready:
+            elif pod.takes_turns:
                 self.changed(pod, "ready")
+
+
+def _by_rank(name: str, ranks: int) -> list[tuple[str, int | None]]:
+    """The names and ranks of the pods that an address stands for."""
+    return [(name, None)] if ranks == 1 else [(f"{name}/{rank}", rank) for rank in range(ranks)]
+
+
+def _is_another(before: Found, now: Found) -> bool:
+    """Whether the name now stands for an engine with another cache."""
+    if before.start is not None and now.start is not None:
+        return before.start != now.start
+    return before.url != now.url
 
 
 def _restarted(before: ProbeResult, now: ProbeResult) -> bool:

@@ -51,8 +51,13 @@ class Pod:
     name: str
     url: str
     api_key: str | None = None
+    rank: int | None = None
+    """Data-parallel rank behind the address, where several engines share it."""
     ready: bool = False
     draining: bool = False
+    """It gets no new turns, and leaves the fleet when its last one has ended."""
+    withheld: bool = False
+    """Discovery deems it unfit for new turns, whatever the probes say."""
     models: dict[str, int | None] = field(default_factory=dict)
     """Served models and their ``max_model_len`` in tokens."""
     probed: ProbeResult | None = None
@@ -62,6 +67,11 @@ class Pod:
     queued_prefill_tokens: int = 0
     rate: PrefillRate = field(default_factory=PrefillRate)
     residency: Residency = field(default_factory=Residency)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether new turns may go there."""
+        return self.ready and not self.draining and not self.withheld
 
     @property
     def takes_session_id(self) -> bool:

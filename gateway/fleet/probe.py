@@ -75,8 +75,10 @@ async def probe(
     api_key: str | None,
     timeout_s: float,
     known: ProbeResult | None = None,
+    rank: int | None = None,
 ) -> ProbeResult:
-    """Probe the pod at `url` (no path); every request has `timeout_s` and all run at once.
+    """Probe the pod at `url` (no path); every request has `timeout_s` and all run at once. The load
+    is that of the data-parallel `rank`, or of all of them.
 
     Ready is `/health` and `/v1/models` both well. A ready and settled result given as `known`
     spares the questions whose answers only a restart can change. Raises nothing but cancellation.
@@ -110,7 +112,7 @@ async def probe(
     warnings: list[str] = []
     if version is None and not capabilities.embedded:
         warnings.append("/version does not tell vLLM's version: session ids are not sent")
-    load, about_load = _load(answers["/metrics"])
+    load, about_load = _load(answers["/metrics"], rank)
     return ProbeResult(
         ready=True,
         models=models,
@@ -187,10 +189,12 @@ def _capabilities(
     return Capabilities(session_id=embedded or since, kv_hints=active, embedded=embedded)
 
 
-def _load(answer: httpx.Response | ProbeError) -> tuple[PodLoad | None, tuple[str, ...]]:
+def _load(
+    answer: httpx.Response | ProbeError, rank: int | None
+) -> tuple[PodLoad | None, tuple[str, ...]]:
     if isinstance(answer, ProbeError):
         return None, (f"{answer}: load unknown",)
-    load = parse_load(answer.text)
+    load = parse_load(answer.text, rank)
     if load.engines == 0:
         return None, ("/metrics has none of vLLM's names: load unknown",)
     warnings = tuple(f"/metrics: {old} stands for {name}" for name, old in load.renamed)

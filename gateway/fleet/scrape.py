@@ -40,7 +40,7 @@ _LABEL = re.compile(r'([a-zA-Z_]\w*+)[ \t]*+=[ \t]*+"((?:[^"\\\n]|\\.)*+)"')
 
 @dataclass(frozen=True, slots=True)
 class PodLoad:
-    """A pod's load and KV capacity at one scrape, summed over its data-parallel engines.
+    """A pod's load and KV capacity at one scrape, summed over the data-parallel engines asked for.
 
     A value the pod did not give is `None` and named in `missing`: it is never a zero.
     Counters (queries, hits, prompt, generation) count tokens since the pod started.
@@ -64,8 +64,9 @@ class PodLoad:
     """(expected name, the older name found instead)."""
 
 
-def parse_load(text: str) -> PodLoad:
-    """Read vLLM's `/metrics` page (Prometheus text format 0.0.4).
+def parse_load(text: str, rank: int | None = None) -> PodLoad:
+    """Read vLLM's `/metrics` page (Prometheus text format 0.0.4): of the data-parallel engine
+    `rank`, or of all of them.
 
     Lines that are not well formed are passed over; no input raises.
     """
@@ -74,17 +75,17 @@ def parse_load(text: str) -> PodLoad:
     missing: list[str] = []
     renamed: list[tuple[str, str]] = []
     for field, names in _NAMES.items():
-        found = [value for _, value in _samples(text, names[0])]
+        found = [value for _, value in _samples(text, names[0], rank)]
         for older in names[1:]:
             if found:
                 break
-            if found := [value for _, value in _samples(text, older)]:
+            if found := [value for _, value in _samples(text, older, rank)]:
                 renamed.append((names[0], older))
         values[field] = found
         if not found:
             missing.append(names[0])
 
-    configs = [dict(_LABEL.findall(labels)) for labels, _ in _samples(text, _CACHE_CONFIG)]
+    configs = [dict(_LABEL.findall(labels)) for labels, _ in _samples(text, _CACHE_CONFIG, rank)]
     block_sizes = _of_all(_integer(config.get("block_size")) for config in configs)
     blocks = _of_all(_integer(config.get("num_gpu_blocks")) for config in configs)
     capacities = _of_all(_capacity_tokens(config) for config in configs)
@@ -119,8 +120,8 @@ def parse_load(text: str) -> PodLoad:
     )
 
 
-def _samples(text: str, name: str) -> Iterator[tuple[str, float]]:
-    """(labels, value) of each sample of exactly `name` with a finite value."""
+def _samples(text: str, name: str, rank: int | None) -> Iterator[tuple[str, float]]:
+    """(labels, value) of each sample of exactly `name`, and of the engine, with a finite value."""
     end = 0
     while (at := text.find("\n" + name, end)) >= 0:
         end = at + 1 + len(name)
@@ -129,8 +130,12 @@ def _samples(text: str, name: str) -> Iterator[tuple[str, float]]:
                 value = float(match[2])
             except ValueError:
                 continue
-            if math.isfinite(value):
+            if math.isfinite(value) and (rank is None or _engine(match[1] or "") == rank):
                 yield match[1] or "", value
+
+
+def _engine(labels: str) -> int | None:
+    return _integer(dict(_LABEL.findall(labels)).get("engine"))
 
 
 def _capacity_tokens(config: Mapping[str, str]) -> int | None:
