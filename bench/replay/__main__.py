@@ -35,6 +35,10 @@ POLICIES = {
     "cachewise": "CacheWise with the patch",
     "oracle": "CacheWise with the patch and perfect forecasts",
 }
+ABLATIONS = {
+    "no-hints": "patched vLLM behind session affinity, no hints",
+    "paper-oracle": "paper with perfect forecasts",
+}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -46,15 +50,17 @@ def main(
     sessions: Annotated[list[int], typer.Option(help="Sessions a pod; may be repeated.")] = [30],  # noqa: B006
     pods: Annotated[int, typer.Option(min=1, max=64)] = 1,
     seed: Annotated[list[int], typer.Option(help="May be repeated.")] = [1],  # noqa: B006
-    policy: Annotated[list[str], typer.Option(help=", ".join(POLICIES))] = list(POLICIES),  # noqa: B006
+    policy: Annotated[list[str], typer.Option(help=", ".join(POLICIES | ABLATIONS))] = list(  # noqa: B006
+        POLICIES
+    ),
     kv_tokens: Annotated[int, typer.Option(min=1024, help="Of a pod's KV cache.")] = KV_TOKENS,
     out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = RESULTS
     / "replay",
 ) -> None:
     """Replay sessions under each policy in virtual time."""
-    unknown = [name for name in policy if name not in POLICIES]
+    unknown = [name for name in policy if name not in POLICIES | ABLATIONS]
     if unknown:
-        fail(f"--policy {unknown[0]}: allowed are {', '.join(POLICIES)}")
+        fail(f"--policy {unknown[0]}: allowed are {', '.join(POLICIES | ABLATIONS)}")
     if find_spec("vllm") is None:
         fail(
             "it runs vLLM's own scheduler, and vLLM is not installed: `make test-engine` puts it"
@@ -79,6 +85,8 @@ def main(
         "stock": Setup("stock", "round_robin", "off", False, None),
         "affinity": Setup("affinity", "session_hash", "off", False, None),
         "paper": Setup("paper", "session_hash", "off", True, by_gap_class),
+        "paper-oracle": Setup("paper-oracle", "session_hash", "off", True, oracle),
+        "no-hints": Setup("no-hints", "session_hash", "off", True, None),
         "unpatched": Setup("unpatched", "expected_ttft", "enforce", False, by_gap_class),
         "cachewise": Setup("cachewise", "expected_ttft", "enforce", True, by_gap_class),
         "oracle": Setup("oracle", "expected_ttft", "enforce", True, oracle),
