@@ -26,6 +26,8 @@ logger = logging.getLogger("gateway.hints")
 
 MAX_QUEUED: Final = 1_024
 """Hints that wait for one pod."""
+GATHER_S: Final = 0.02
+"""Hints wait this long for others to go with them: a request costs as much as many hints."""
 _STATUSES: Final = frozenset(get_args(Status))
 
 _WIRE_KIND: Final[dict[IdleKind, str]] = {
@@ -133,6 +135,7 @@ class HintSender:
         queue = self._queues[pod.name]
         try:
             while queue:
+                await asyncio.sleep(GATHER_S)
                 batch = [queue.popitem(last=False)[1] for _ in range(min(len(queue), MAX_ACTIONS))]
                 try:
                     statuses = await self._post(pod, batch)

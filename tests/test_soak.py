@@ -226,11 +226,11 @@ def test_the_sdks_get_a_whole_answer_or_a_clean_error_when_a_pod_dies(wire: str)
                 started: list[int] = []
                 turns = [
                     asyncio.create_task(
-                        sdk_turn(wire, openai_sdk, anthropic_sdk, stream=n % 3 > 0, started=started)
+                        sdk_turn(wire, openai_sdk, anthropic_sdk, stream=n % 4 > 0, started=started)
                     )
                     for n in range(24)
                 ]
-                await until(lambda: len(started) == 16, 20)
+                await until(lambda: len(started) == 18, 20)
                 await fleet.kill(0)
                 results = await asyncio.gather(*turns)
                 assert set(results) == {"complete", "error"}
