@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
-from math import pow
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -100,7 +100,7 @@ class Forecast:
         """
         alive = self.survival(elapsed_s)
         own = alive / (alive + _LATE * (1.0 - alive))
-        late = pow((elapsed_s + 1.0) / (max(t_s, elapsed_s) + 1.0), _LATE_POWER)
+        late = math.pow((elapsed_s + 1.0) / (max(t_s, elapsed_s) + 1.0), _LATE_POWER)
         return own * min(1.0, self.survival(t_s) / alive) + (1.0 - own) * late
 
     def quantile(self, p: float, elapsed_s: float = 0.0) -> float:
@@ -175,7 +175,11 @@ class Forecast:
         own = alive / (alive + _LATE * (1.0 - alive))
         rest = 1.0 - _LATE_POWER
         since = elapsed_s + 1.0
-        late = pow(since, _LATE_POWER) * (pow(since + HORIZON_S, rest) - pow(since, rest)) / rest
+        late = (
+            math.pow(since, _LATE_POWER)
+            * (math.pow(since + HORIZON_S, rest) - math.pow(since, rest))
+            / rest
+        )
         return own * area / alive + (1.0 - own) * late
 
     def p_return_given(self, elapsed_s: float) -> float:
