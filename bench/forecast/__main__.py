@@ -19,7 +19,7 @@ import numpy as np
 from bench.forecast import newcomer, plot
 from bench.forecast.baselines import baselines, calls_of, run
 from bench.forecast.ours import Outcomes, cost, fitted, run_calls, run_gaps
-from bench.forecast.scores import FLOOR_S, coverage, errors, instants, ranking
+from bench.forecast.scores import FLOOR_S, INSTANT_CAPS_S, coverage, errors, instants, ranking
 from gateway.predictor import Predictor, store
 from gateway.predictor.train import TREES, Recorded, load
 
@@ -58,7 +58,7 @@ def main() -> None:
 
     if options.shipped:
         folds = [numbered]
-    calls, gaps, waits = Outcomes(), Outcomes(), Outcomes()
+    calls, gaps, waits, taught = Outcomes(), Outcomes(), Outcomes(), Outcomes()
     scored: dict[str, list[float]] = {}
     micros: dict[str, list[float]] = {}
     truth: list[float] = []
@@ -77,11 +77,15 @@ def main() -> None:
             predicted, us = run(baseline, test)
             scored.setdefault(baseline.name, []).extend(predicted)
             micros.setdefault(baseline.name, []).append(us)
-        predictor = store.priors() if options.shipped else fitted(training, options.trees)
-        extend(calls, run_calls(predictor, fold))
-        extend(gaps, run_gaps(predictor, fold))
-        extend(waits, run_gaps(predictor, fold, with_humans=True))
-        spent.append(cost(predictor, test[:60]))
+
+        def fresh(training: list[Recorded] = training) -> Predictor:
+            return store.priors() if options.shipped else fitted(training, options.trees)
+
+        extend(calls, run_calls(fresh(), fold))
+        extend(gaps, run_gaps(fresh(), fold))
+        extend(waits, run_gaps(fresh(), fold, with_humans=True))
+        extend(taught, run_calls(fresh(), fold, learn_shared=True))
+        spent.append(cost(fresh(), test[:60]))
     actual, owner = np.array(truth), np.array(owners)
     for name, predicted in scored.items():
         line = point_scores(np.array(predicted), np.array(predicted), actual, owner)
@@ -92,6 +96,8 @@ def main() -> None:
     line = scores_of(calls) | {"predict_us": forecast_us, "observe_us": observe_us}
     result["methods"]["ours"] = line
     show("ours", line)
+    result["taught"] = scores_of(taught)
+    show("ours, learning from one test session for the next", result["taught"])
     result["gaps"] = scores_of(gaps)
     show("ours, whole gaps of parallel calls", result["gaps"])
     print(f"\nforecast {forecast_us:.0f} µs, observe {observe_us:.0f} µs, CPU, one at a time")
@@ -103,7 +109,7 @@ def main() -> None:
         shares = "  ".join(f"{100 * share:5.1f}" for share in row["coverage"])
         print(f"  {kind:12} {row['calls']:7}  {shares}")
 
-    result["instants"] = at_instants(calls, waits)
+    result["instants"] = at_instants(gaps, waits)
     for what, values in result["instants"].items():
         print(
             f"at random instants, {what}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items())
@@ -186,22 +192,23 @@ def calibration(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
     return found
 
 
-def at_instants(calls: Outcomes, waits: Outcomes) -> dict[str, dict[str, float]]:
+def at_instants(gaps: Outcomes, waits: Outcomes) -> dict[str, dict[str, float]]:
     """Ranking of what remains at a random instant of a wait, tools' alone and people's too."""
     found = {}
-    for what, outcomes in (("tools", calls), ("tools and people", waits)):
+    for what, outcomes in (("tools", gaps), ("tools and people", waits)):
         actual = np.array(outcomes.actual_s)
-        which, elapsed = instants(actual)
-        remains = actual[which] - elapsed
-        owner = np.array(outcomes.sessions)[which]
-        human = np.array([outcomes.kinds[i] == "human" for i in which])
-        chosen = [outcomes.forecasts[i] for i in which]
-        ours = [f.quantile(0.5, float(e)) for f, e in zip(chosen, elapsed, strict=True)]
-        found[what] = {
-            "elapsed time": ranking(elapsed, remains, owner),
-            "elapsed time + machine/human": ranking(elapsed + 1e6 * human, remains, owner),
-            "ours": ranking(np.array(ours), remains, owner),
-        }
+        for cap_s in INSTANT_CAPS_S:
+            which, elapsed = instants(actual, cap_s)
+            remains = actual[which] - elapsed
+            owner = np.array(outcomes.sessions)[which]
+            human = np.array([outcomes.kinds[i] == "human" for i in which])
+            chosen = [outcomes.forecasts[i] for i in which]
+            ours = [f.quantile(0.5, float(e)) for f, e in zip(chosen, elapsed, strict=True)]
+            found[f"{what}, up to {cap_s:.0f} s"] = {
+                "elapsed time": ranking(elapsed, remains, owner),
+                "elapsed time + machine/human": ranking(elapsed + 1e9 * human, remains, owner),
+                "ours": ranking(np.array(ours), remains, owner),
+            }
     return found
 
 

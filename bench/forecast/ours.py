@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gateway.predictor
-from bench.forecast.scores import FLOOR_S
 from gateway.predictor import Context, Forecast, Predictor, store
 from gateway.predictor.calibration import label_of
 from gateway.predictor.forecast import Forecast as ForecastType
@@ -43,8 +42,8 @@ class Outcomes:
 
     @property
     def score(self) -> NDArray[np.float64]:
-        """What ranks sessions: the expected log time, floored as the errors are."""
-        return np.array([forecast.expected_log_s(FLOOR_S) for forecast in self.forecasts])
+        """What ranks sessions."""
+        return np.array([forecast.typical_log_s for forecast in self.forecasts])
 
     @property
     def reached(self) -> NDArray[np.float64]:

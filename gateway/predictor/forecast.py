@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 HORIZON_S: Final = 86_400.0
 """`Forecast.expected_remaining` counts no more than this beyond the time already waited."""
+_LATE: Final = 0.1
+_LATE_POWER: Final = 0.7
+_NEVER_S: Final = 1e10
 _TAIL: Final = 1e-3
 _TAIL_SCALE_S: Final = 600.0
-
-_CENTRES: Final = ((np.array(EDGES[:-1]) + np.array(EDGES[1:])) / 2).astype(np.float32)
 
 
 class Forecast:
@@ -88,11 +90,37 @@ class Forecast:
         after_s = max(0.0, t_s - self.offset_s)
         return max(1.0 - reached, _TAIL * _TAIL_SCALE_S / (_TAIL_SCALE_S + after_s))
 
+    def survival_given(self, t_s: float, elapsed_s: float) -> float:
+        """P(gap > ``t_s`` | gap > ``elapsed_s``, the session returns), for ``t_s`` from then on.
+
+        The less of the forecast's own curve is left, the less it is worth: an unlikely long wait
+        is mostly one for another reason (a person was asked, a machine is stuck), and these last
+        about as long again as they have lasted. So the curve counts for ``S / (S + 0.1 (1 - S))``
+        with ``S = survival(elapsed_s)``, and the rest is a power law of the whole wait.
+        """
+        alive = self.survival(elapsed_s)
+        own = alive / (alive + _LATE * (1.0 - alive))
+        late = math.pow((elapsed_s + 1.0) / (max(t_s, elapsed_s) + 1.0), _LATE_POWER)
+        return own * min(1.0, self.survival(t_s) / alive) + (1.0 - own) * late
+
     def quantile(self, p: float, elapsed_s: float = 0.0) -> float:
         """Time that remains with probability ``p`` at most, once ``elapsed_s`` have been waited,
         if the session returns. ``p`` in (0, 1)."""
-        target = (1.0 - p) * self.survival(elapsed_s)
-        return max(0.0, self._time_at(target) - elapsed_s)
+        if elapsed_s <= 0:
+            return self._time_at(1.0 - p)
+        target = 1.0 - p
+        low, high = elapsed_s, 2.0 * elapsed_s + 1.0
+        while self.survival_given(high, elapsed_s) > target and high < _NEVER_S:
+            low, high = high, 4.0 * high
+        for _ in range(40):
+            middle = (low + high) / 2
+            if high - low < 1e-3 * (high - elapsed_s):
+                break
+            if self.survival_given(middle, elapsed_s) > target:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2 - elapsed_s
 
     def _time_at(self, target: float) -> float:
         """The time at which the survival curve falls to ``target``."""
@@ -117,10 +145,12 @@ class Forecast:
         """The gap's median, if the session returns."""
         return self._time_at(0.5)
 
-    def expected_log_s(self, floor_s: float = FLOOR_S) -> float:
-        """Expected log10 of the gap in seconds, shorter gaps counted as ``floor_s``, if the session
-        returns: the score that best tells which of two sessions is back later."""
-        return float(self.masses @ np.maximum(_CENTRES, log_s(floor_s - self.offset_s)))
+    @property
+    def typical_log_s(self) -> float:
+        """Trimean of log10 of the gap in seconds (Tukey 1977: the quartiles, the median twice), if
+        the session returns: what best tells which of two sessions is back later."""
+        low, middle, high = (log_s(self._time_at(left)) for left in (0.75, 0.5, 0.25))
+        return (low + 2 * middle + high) / 4
 
     def expected_remaining(self, elapsed_s: float = 0.0) -> float:
         """Expected time until the return, once ``elapsed_s`` have been waited, if the session
@@ -130,21 +160,27 @@ class Forecast:
         area = 0.0
         t, s = elapsed_s, alive
         end = elapsed_s + HORIZON_S
-        start = bisect_right(EDGES_S, elapsed_s - self.offset_s)
-        for edge in EDGES_S[start:]:
-            edge += self.offset_s
-            if edge >= end:
+        for edge_s in EDGES_S[bisect_right(EDGES_S, elapsed_s - self.offset_s) :]:
+            edge_s += self.offset_s
+            if edge_s >= end:
                 break
-            p = self.survival(edge)
-            area += (s + p) / 2 * (edge - t)
-            t, s = edge, p
-        step = t + 1.0
-        while t < end:  # beyond the grid the tail falls slowly: a few doubling steps
-            step = min(max(step * 1.5, t * 1.5), end)
+            p = self.survival(edge_s)
+            area += (s + p) / 2 * (edge_s - t)
+            t, s = edge_s, p
+        while t < end:  # beyond the grid the tail falls slowly: a few growing steps
+            step = min(2.0 * t + 1.0, end)
             p = self.survival(step)
             area += (s + p) / 2 * (step - t)
             t, s = step, p
-        return area / alive
+        own = alive / (alive + _LATE * (1.0 - alive))
+        rest = 1.0 - _LATE_POWER
+        since = elapsed_s + 1.0
+        late = (
+            math.pow(since, _LATE_POWER)
+            * (math.pow(since + HORIZON_S, rest) - math.pow(since, rest))
+            / rest
+        )
+        return own * area / alive + (1.0 - own) * late
 
     def p_return_given(self, elapsed_s: float) -> float:
         """P(the session ever returns), once ``elapsed_s`` have been waited in vain."""

@@ -43,10 +43,9 @@ def test_a_quantile_is_where_the_curve_passes(
     w: list[float], warp: list[float] | None, p: float, waited: float
 ) -> None:
     forecast = forecast_of(w, warp=warp)
-    at = waited + forecast.quantile(p, waited)
-    target = (1 - p) * forecast.survival(waited)
-    assert forecast.survival(at * 1.001 + 1e-6) <= target + 2e-3
-    assert forecast.survival(max(waited, at * 0.999 - 1e-6)) >= target - 2e-3
+    remains = forecast.quantile(p, waited)
+    assert forecast.survival_given(waited + 1.01 * remains + 1e-6, waited) <= 1 - p + 5e-3
+    assert forecast.survival_given(waited + 0.99 * remains - 1e-6, waited) >= 1 - p - 5e-3
 
 
 @relaxed
@@ -56,9 +55,29 @@ def test_what_is_expected_is_the_area_under_the_curve(w: list[float], waited: fl
     found = forecast.expected_remaining(waited)
     assert 0 < found <= HORIZON_S * 1.001
     t = waited + np.concatenate([[0], np.geomspace(1e-4, HORIZON_S, 1000)])
-    s = np.array([forecast.survival(float(each)) for each in t]) / forecast.survival(waited)
+    s = np.array([forecast.survival_given(float(each), waited) for each in t])
     area = float(((s[1:] + s[:-1]) / 2 * np.diff(t)).sum())
-    assert found == pytest.approx(area, rel=0.15, abs=0.1)
+    assert found == pytest.approx(area, rel=0.2, abs=0.1)
+
+
+@relaxed
+@given(weights, elapsed, st.lists(st.floats(0, 1e6), min_size=2, max_size=9))
+def test_a_wait_conditioned_on_its_age_is_a_survival_curve_too(
+    w: list[float], waited: float, more: list[float]
+) -> None:
+    forecast = forecast_of(w)
+    falling = [forecast.survival_given(waited + each, waited) for each in [0.0, *sorted(more)]]
+    assert falling[0] == pytest.approx(1)
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(falling))
+    assert forecast.survival_given(3.0, 0.0) == pytest.approx(forecast.survival(3.0))
+
+
+def test_the_longer_an_unlikely_wait_has_lasted_the_longer_it_will() -> None:
+    w = [0.0] * BINS
+    w[bin_of(0.0)] = 1
+    forecast = forecast_of(w)
+    medians = [forecast.quantile(0.5, waited) for waited in (10.0, 100.0, 1000.0, 10_000.0)]
+    assert medians == sorted(medians)
 
 
 @relaxed
