@@ -31,7 +31,7 @@ from tests.served import (
 )
 
 STREAMS = 1000
-SPEEDUP = 1.0
+SPEEDUP = 0.2
 FATES = ("stays",) * 6 + ("leaves at connect", "leaves waiting", "leaves mid-stream", "leaves soon")
 
 
