@@ -60,8 +60,17 @@ from gateway.routing import Arrival, Decision, Policy, Reason, choose
 Mode = Literal["enforce", "observe", "off"]
 Lane = Literal["agent", "aside"]
 
-RESERVE: Final = 0.7
+RESERVE: Final = 0.6
 RESERVE_RANGE: Final = (0.5, 0.8)
+FREE_SHARE: Final = 0.75
+"""Of the capacity, admitted while no more than one turn is held: what fits may stay."""
+RESERVE_UP: Final = 0.0005
+"""A second, while turns are held and admitted sessions find their KV again; twice while the pod
+does nothing."""
+RESERVE_DOWN: Final = 0.005
+"""A second, while they do not."""
+REGRET_LOW: Final = 0.01
+REGRET_HIGH: Final = 0.03
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
 STINT_S: Final = 300.0
@@ -231,6 +240,8 @@ class Book:
     """The places of one pod."""
 
     pod: Pod
+    waiting: HoldQueue[Ticket]
+    """Agents' turns held, on whatever pod's account."""
     reserve: float = RESERVE
     places: dict[str, Place] = field(default_factory=dict)
     claim: Ticket | None = None
@@ -253,7 +264,8 @@ class Book:
 
     @property
     def budget_tokens(self) -> float:
-        return self.reserve * self.capacity_tokens
+        share = self.reserve if len(self.waiting) > 1 else max(self.reserve, FREE_SHARE)
+        return share * self.capacity_tokens
 
     @property
     def tokens(self) -> int:
@@ -617,7 +629,7 @@ class Admission:
             book = self.books.get(pod.name)
             if book is None or book.pod is not pod:
                 self.pod_lost(pod.name, now)
-                self.books[pod.name] = Book(pod)
+                self.books[pod.name] = Book(pod, self._queues["agent"])
 
     def tick(self, now: float) -> None:
         """Time has passed: adapt the reserves, let places lapse, release what fits."""
@@ -633,12 +645,10 @@ class Admission:
 
     def _adapt(self, book: Book) -> None:
         low, high = RESERVE_RANGE
-        if book.regret > 0.05:
-            book.reserve = max(low, book.reserve - 0.002)
-        elif self.held_count and book.pod.in_flight == 0:
-            book.reserve = min(high, book.reserve + 0.01)
-        elif self.held_count and book.regret < 0.02:
-            book.reserve = min(high, book.reserve + 0.001)
+        if book.regret > REGRET_HIGH:
+            book.reserve = max(low, book.reserve - RESERVE_DOWN)
+        elif self.held_count and book.regret < REGRET_LOW:
+            book.reserve = min(high, book.reserve + RESERVE_UP * (1 + (book.pod.in_flight == 0)))
 
     # -- places and holds ------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gateway.admission import (
     ASIDE_SHARE,
     DUE_PAUSE_S,
-    RESERVE,
+    FREE_SHARE,
     Admission,
     Ask,
     Ended,
@@ -107,7 +107,7 @@ class Gateway:
 def test_sessions_are_admitted_while_their_working_set_fits() -> None:
     gateway = Gateway()
     gateway.fill()
-    rest = int(RESERVE * CAPACITY) - 60_000
+    rest = int(FREE_SHARE * CAPACITY) - 60_000
     assert gateway.arrive(ask("c", rest - 1_000), 0).held is False
     assert gateway.arrive(ask("d", 2_000), 0).held is True
 
