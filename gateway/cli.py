@@ -20,8 +20,8 @@ import gateway
 from engine_patch.command import launch_line
 from gateway import access, config, connect
 from gateway.config import ConfigError, Settings, Source
+from gateway.forecast_commands import app as forecast_app
 from gateway.logs import logging_to
-from gateway.predictor.commands import app as forecast_app
 
 #: Longer than clients and load balancers keep an idle connection, so that the gateway never closes
 #: one that a request is just being sent on.

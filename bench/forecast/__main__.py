@@ -54,7 +54,7 @@ def main() -> None:
         "floor_s": FLOOR_S,
         "methods": {},
     }
-    table(result["methods"])
+    heads()
 
     if options.shipped:
         folds = [numbered]
@@ -125,12 +125,18 @@ def main() -> None:
     for name, row in result["newcomer"].items():
         print(f"  {name:24} {row['ratio']:.2f}")
 
+    options.out.mkdir(parents=True, exist_ok=True)
+    keep(result, calls, options.out)
     if not options.shipped and not options.skip_repositories:
         result["held_out"] = held_out(sessions, numbered, options.trees)
+        keep(result, calls, options.out)
         result["learning_curve"] = learning_curve(folds, sessions, options.trees)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot.draw(result, calls, options.out / "forecast.png")
+        keep(result, calls, options.out)
+
+
+def keep(result: dict[str, Any], calls: Outcomes, folder: Path) -> None:
+    (folder / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot.draw(result, calls, folder / "forecast.png")
 
 
 def extend(whole: Outcomes, part: Outcomes) -> None:
@@ -167,7 +173,7 @@ def scores_of(outcomes: Outcomes) -> dict[str, float]:
     )
 
 
-def table(_: Any) -> None:
+def heads() -> None:
     print(f"{'':48} median    p90   rank   rank    µs")
     print(f"{'':48}  error  error  fresh  > 5 s")
 

@@ -57,7 +57,7 @@ def fitted(sessions: Sequence[Recorded], trees: int) -> Predictor:
     """Trained on these sessions; kept on disk while the predictor's code stays as it is."""
     mark = blake2b(digest_size=16)
     for path in sorted(Path(gateway.predictor.__file__).parent.glob("*.py")):
-        if path.name not in ("commands.py", "calibration.py", "store.py", "forecast.py"):
+        if path.name not in ("calibration.py", "store.py", "forecast.py"):
             mark.update(path.read_bytes())
     mark.update(repr((trees, [(s.source, s.name) for s in sessions])).encode())
     path = CACHE / f"{mark.hexdigest()}.npz"

@@ -26,9 +26,9 @@ from gateway.predictor.records import call_of, read
 from gateway.predictor.table import TRUST, N
 from gateway.predictor.warp import Warp
 
-TREES: Final = 100
+TREES: Final = 160
 DEPTH: Final = 6
-RATE: Final = 0.24
+RATE: Final = 0.16
 FOLDS: Final = 3
 SEED: Final = 7
 
@@ -221,7 +221,8 @@ def correction_of(
         bootstrap_type="Bernoulli",
         subsample=0.7,
         rsm=0.4,
-        border_count=64,
+        border_count=200,
+        random_strength=2,
         leaf_estimation_iterations=1,
         thread_count=threads,
         random_seed=SEED,

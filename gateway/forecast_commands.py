@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from gateway.config import ConfigError, default_state_file
-from gateway.predictor import store
-from gateway.predictor.forecast import Forecast
-from gateway.predictor.grid import BINS, EDGES_S
-from gateway.predictor.model import Predictor
-from gateway.predictor.table import N
+
+if TYPE_CHECKING:  # they import numpy: the other commands do without
+    from gateway.predictor.forecast import Forecast
+    from gateway.predictor.model import Predictor
 
 app = typer.Typer(
     help="What the gateway has learned of when sessions come back.", no_args_is_help=True
@@ -32,6 +30,8 @@ _QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 def _predictor(state: Path | None) -> tuple[Predictor, Path | None]:
     """What the file holds, else the priors. Raises `ConfigError`."""
+    from gateway.predictor import store
+
     path = state or default_state_file(os.environ)
     try:
         return store.read(path), path
@@ -45,6 +45,11 @@ def _predictor(state: Path | None) -> tuple[Predictor, Path | None]:
 
 def _learned(predictor: Predictor, levels: tuple[str, ...]) -> list[tuple[Any, float, Forecast]]:
     """Nodes of some levels: their name, weight and distribution; the heaviest first."""
+    import numpy as np
+
+    from gateway.predictor.forecast import Forecast
+    from gateway.predictor.table import N
+
     found = []
     for key, row in predictor.table:
         if isinstance(key, tuple) and key[0] in levels:
@@ -112,6 +117,8 @@ def _draw(nodes: list[tuple[Any, float, Forecast]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    from gateway.predictor.grid import EDGES_S
+
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for key, n, forecast in nodes:
         axes.plot(
@@ -132,6 +139,9 @@ def export(
     file: Annotated[Path, typer.Argument(help="JSON file to write.")], state: State = None
 ) -> None:
     """Write what was learned as JSON, for other programs or another gateway."""
+    from gateway.predictor import store
+    from gateway.predictor.grid import EDGES_S
+
     predictor, _ = _predictor(state)
     snapshot = store.Snapshot(predictor)
     data = {
@@ -161,6 +171,11 @@ def import_(
     file: Annotated[Path, typer.Argument(help="JSON file that export wrote.")], state: State = None
 ) -> None:
     """Merge an exported file into the state. Stop the gateway first: it would write over it."""
+    import numpy as np
+
+    from gateway.predictor import store
+    from gateway.predictor.grid import BINS
+
     path = state or default_state_file(os.environ)
     try:
         data = orjson.loads(file.read_bytes())
@@ -199,14 +214,18 @@ def import_(
 @app.command("train")
 def train(
     data: Annotated[Path, typer.Option(help="Folder of tool-calls*.jsonl.gz and tool-turns*.")],
-    out: Annotated[Path, typer.Option(help="File to write; ships as priors.npz.")] = store.PRIORS,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; the package's priors if not given.")
+    ] = None,
     trees: Annotated[
         int, typer.Option(help="Trees of the correction; 0 for the usual number.", min=0)
     ] = 0,
 ) -> None:
     """Train the priors from recorded sessions (needs the extra: train)."""
+    from gateway.predictor import store
     from gateway.predictor import train as training
 
+    out = out or store.PRIORS
     try:
         sessions = training.load(data)
         predictor = training.trained(sessions, trees or training.TREES)
