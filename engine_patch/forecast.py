@@ -13,6 +13,7 @@ from collections.abc import Sequence
 # is late, not dead (1 % is the resolution of a curve learned from a few hundred gaps).
 _TAIL_FLOOR = 0.01
 _MIN_ELAPSED_S = 1e-3
+_RESOLUTION_S = 1e-4
 
 
 class Forecast:
@@ -30,9 +31,15 @@ class Forecast:
 
     def __init__(self, survival: Sequence[tuple[float, float]], p_return: float) -> None:
         self.p_return = p_return
-        later = [(t, p) for t, p in survival if t > 0]
-        self._times_s = (0.0, *(t for t, _ in later))
-        self._survival = (1.0, *(max(p, _TAIL_FLOOR) for _, p in later))
+        times_s, falls = [0.0], [1.0]
+        for t, p in survival:
+            if t - times_s[-1] >= _RESOLUTION_S:
+                times_s.append(t)
+                falls.append(max(p, _TAIL_FLOOR))
+            elif len(times_s) > 1:  # a curve has a resolution: this is the same point
+                falls[-1] = max(p, _TAIL_FLOOR)
+        self._times_s = tuple(times_s)
+        self._survival = tuple(falls)
         self._horizons: tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]] | None = None
 
     @property
@@ -77,9 +84,14 @@ class Forecast:
         p0, p1 = absent[i - 1], absent[i]
         p = p0 + (p1 - p0) * waited_s / (times_s[i] - times_s[i - 1])
         kept = kept_s[i - 1] + (p0 + p) / 2 * waited_s
-        rate = (p - p1) / (kept_s[i] - kept)
-        while (i := following[i]) >= 0 and (better := (p - absent[i]) / (kept_s[i] - kept)) > rate:
-            rate = better
+        rate = 0.0
+        while i >= 0:
+            if kept_s[i] > kept:  # else the point is now, to the last digit
+                better = (p - absent[i]) / (kept_s[i] - kept)
+                if better < rate:
+                    break
+                rate = better
+            i = following[i]
         return rate
 
     def _prepare(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:

@@ -53,6 +53,21 @@ def test_beyond_the_curve_a_session_ages_like_lru(forecast: Forecast, factor: fl
     assert sure.reuse_rate(late) == pytest.approx(1 / late)
 
 
+@given(forecasts(), st.integers(0, 31), st.sampled_from([-1, 0, 1]))
+def test_the_very_moment_of_a_point_is_no_exception(f: Forecast, i: int, side: int) -> None:
+    at = f._times_s[min(i, len(f._times_s) - 1)]
+    rate = f.reuse_rate(math.nextafter(at, math.inf * side) if side else at)
+    assert 0 <= rate < 1e6
+
+
+def test_points_at_one_moment_are_one_point() -> None:
+    t = 0.01
+    twin = Forecast(((t, 0.9), (math.nextafter(t, 1), 0.5), (9.0, 0.1)), 1.0)
+    assert twin.reuse_rate(t / 2) == pytest.approx(
+        Forecast(((t, 0.5), (9.0, 0.1)), 1.0).reuse_rate(t / 2)
+    )
+
+
 def test_a_session_that_never_returns_is_worth_nothing() -> None:
     assert step(5, p_return=0).reuse_rate(1) == 0
 
