@@ -140,9 +140,16 @@ class ClosedLoop:
             logger.exception("forgetting a session failed")
 
     def pod_changed(self, pod: Pod, event: Event) -> None:
+        """Told by the fleet, in whatever turn's way: must not raise."""
+        try:
+            self._pod_changed(pod, event, time.monotonic())
+        except Exception:
+            self.metrics.degraded.labels("admission").inc()
+            logger.exception("admission missed a change of pod %s", pod.name)
+
+    def _pod_changed(self, pod: Pod, event: Event, now: float) -> None:
         if self.admission.mode == "off":
             return
-        now = time.monotonic()
         match event:
             case "lost" | "draining":
                 self.admission.pod_lost(pod.name, now)
