@@ -479,7 +479,8 @@ async def test_the_api_tells_of_places_and_holds() -> None:
             (told,) = (await gateway.get("/v1/cachewise/pods")).json["data"]
             assert told["admission"]["sessions"] == 1
             budget_tokens = told["admission"]["reserve"] * told["kv_capacity_tokens"]
-            assert told["admission"]["budget_tokens"] == round(budget_tokens)
+            budget = told["admission"]["budget_tokens"]
+            assert round(budget_tokens) <= budget <= told["kv_capacity_tokens"]
             assert await gateway.metric("cachewise_held_turns") == 1
             assert await gateway.metric('cachewise_pod_admitted_sessions{pod="pod-0"}') == 1
             gate.open("first", "second")
