@@ -230,7 +230,7 @@ def held_out(
     for group, inside in groups.items():
         training = [s for s in sessions if s.source not in inside]
         test = [(i, s) for i, s in numbered if s.source in inside]
-        predictor = fitted(training, trees)
+        predictor = fitted(training, trees, calibrate=False)
         found[group] = scores_of(run_calls(predictor, test)) | {"sessions": len(test)}
         show(f"  {group} ({len(test)} sessions)", found[group])
     return found
@@ -247,7 +247,7 @@ def learning_curve(
     found = []
     print("\nby sessions seen before")
     for n in (0, 10, 30, 100, len(rest)):
-        predictor = fitted(rest[:n], trees) if n else Predictor()
+        predictor = fitted(rest[:n], trees, calibrate=False) if n else Predictor()
         row = scores_of(run_calls(predictor, test)) | {"sessions": n}
         found.append(row)
         show(f"  {n}", row)

@@ -53,16 +53,16 @@ class Outcomes:
         )
 
 
-def fitted(sessions: Sequence[Recorded], trees: int) -> Predictor:
+def fitted(sessions: Sequence[Recorded], trees: int, calibrate: bool = True) -> Predictor:
     """Trained on these sessions; kept on disk while the predictor's code stays as it is."""
     mark = blake2b(digest_size=16)
     for path in sorted(Path(gateway.predictor.__file__).parent.glob("*.py")):
         if path.name not in ("calibration.py", "store.py", "forecast.py"):
             mark.update(path.read_bytes())
-    mark.update(repr((trees, [(s.source, s.name) for s in sessions])).encode())
+    mark.update(repr((trees, calibrate, [(s.source, s.name) for s in sessions])).encode())
     path = CACHE / f"{mark.hexdigest()}.npz"
     if not path.exists():
-        store.Snapshot(trained(sessions, trees), with_correction=True).write(path)
+        store.Snapshot(trained(sessions, trees, calibrate), with_correction=True).write(path)
     return store.read(path)
 
 

@@ -92,7 +92,7 @@ def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
     arguments hold."""
     kind, tool = _named(call.name[:128])
     arguments = call.arguments
-    digest = hash((call.name[:128], arguments[:DIGEST_CHARS], call.arguments_chars))
+    digest = hash((tool, arguments[:DIGEST_CHARS], call.arguments_chars))
     size = log10(1 + call.arguments_chars)
     if kind not in _LOOKED_INTO:
         words = CallWords(kind, tool, "", "", digest)

@@ -25,6 +25,10 @@ _TAIL: Final = 1e-3
 _TAIL_SCALE_S: Final = 600.0
 
 
+_BELOW: Final = np.tri(BINS, BINS, -1, dtype=np.float32)
+"""Row ``i`` picks the bins below ``i``."""
+
+
 class Forecast:
     """When, and whether, an idle session comes back. Immutable; all times in seconds since the gap
     began, but for what is said to be *remaining*.
@@ -78,7 +82,7 @@ class Forecast:
         within = (log_t - EDGES[i]) / (EDGES[i + 1] - EDGES[i])
         at = self._survival
         if at is None:  # asked once, the sum is cheaper than the whole curve
-            return min(1.0, float(self.masses[:i].sum()) + float(self.masses[i]) * within)
+            return min(1.0, float(self.masses @ _BELOW[i]) + float(self.masses[i]) * within)
         return 1.0 - at[i] - (at[i + 1] - at[i]) * within
 
     def survival(self, t_s: float) -> float:

@@ -224,7 +224,7 @@ class Predictor:
                 unit = node[UNIT]
                 m = (node[SUM] + k * unit * m) / (n + k * unit)
                 n /= unit
-            numbers += (m, n, _deviation(node))
+            numbers += (m, n)
         return _Look(words, numbers, data, stats, m)
 
     def _call(self, look: _Look, place: int, expected: list[float], context: Context) -> CallBasis:

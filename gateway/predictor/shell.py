@@ -27,6 +27,7 @@ from gateway.predictor.shell_words import (
     NOUNS,
     OPEN,
     OPTION_VALUES,
+    PLAIN,
     RUN_SCRIPTS,
     RUNNERS,
     SCRIPTS,
@@ -44,11 +45,11 @@ MAX_SLEEP_S: Final = 86_400.0
 UNKNOWN: Final = "*"
 
 _TOKEN: Final = re.compile(
-    r"((?:[^\s'\"\\;|&<>()`$#]++|\\.|'[^']*+'?|\"(?:[^\"\\]|\\.)*+\"?|\$(?![({])|\$\{[^}]*+\}?"
-    r"|(?<=\S)#)++)"  # a word
+    r"[ \t]*+(?:((?:[^\s'\"\\;|&<>()`$#]++|\\.|'[^']*+'?|\"(?:[^\"\\]++|\\.)*+\"?|\$(?![({])"
+    r"|\$\{[^}]*+\}?|(?<=\S)#)++)"  # a word
     r"|(\|\|?|&&|;;?|\n|&(?![>\d])|\$\(|`|[()])"  # an operator
     r"|([<>&]+\d?)"  # a redirection
-    r"|\#[^\n]*+",
+    r"|\#[^\n]*+)",
     re.DOTALL,
 )
 _HERE: Final = re.compile(r"<<-?\s*(['\"]?)(\w+)\1")
@@ -205,6 +206,8 @@ def _command(
 ) -> tuple[str, str, int, float, float, ShellCommand | None] | None:
     """One simple command: program, subcommand, weight (-1: none to speak of), seconds slept,
     time limit, what a nested shell runs."""
+    if words[0] in PLAIN:
+        return words[0], "", 0, 0.0, 0.0, None
     i = 0
     n = len(words)
     limit = 0.0
@@ -212,7 +215,7 @@ def _command(
     doubtful = False  # the next word may be the value of an option that is not known
     while i < n:
         word = words[i]
-        if word in KEYWORDS or _ASSIGNMENT.match(word):
+        if word in KEYWORDS or ("=" in word and _ASSIGNMENT.match(word)):
             i += 1
             continue
         name = _base(word)
@@ -279,7 +282,7 @@ def _command(
     weight = 0 if name in TRIVIAL else 1
     if weight and (program in HEAVY_PROGRAMS or via):
         weight = 2
-    if sub in HEAVY or sub.partition(":")[0] in HEAVY or sub.startswith("test"):
+    if sub and (sub in HEAVY or sub.partition(":")[0] in HEAVY or sub.startswith("test")):
         weight = 3
     return program, sub, weight, 0.0, limit, None
 

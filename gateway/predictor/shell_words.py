@@ -111,6 +111,8 @@ SUBCOMMANDS: Final = words(
     bootRun jar package site lifecycle makemigrations runserver collectstatic
     """
 )
+PLAIN: Final = TRIVIAL - KEYWORDS - frozenset(WRAPPERS) - SHELLS
+"""Of these no further word is looked at."""
 KNOWN: Final = (
     HAS_SUBCOMMAND
     | HEAVY_PROGRAMS

@@ -119,14 +119,17 @@ class NodeTable:
         self, row: int, keep: float, log_gap: float, bin_: int, surprise: float, slow: float
     ) -> None:
         """`add`, for a session's node, which also follows the latest gaps and surprises."""
-        rate = max(self.add(row, keep, log_gap, bin_), _FAST_RATE)
+        share = self.add(row, keep, log_gap, bin_)
+        rate = share if share > _FAST_RATE else _FAST_RATE
         flat = self.flat
         at = row * WIDTH
+        unit = flat[at + UNIT]
         flat[at + FAST] += (log_gap - flat[at + FAST]) * rate
         flat[at + OFF_FAST] += (surprise - flat[at + OFF_FAST]) * rate
+        flat[at + OFF] += unit * surprise
+        if slow:
+            flat[at + SLOW] += unit
         flat[at + SLOW_FAST] += (slow - flat[at + SLOW_FAST]) * rate
-        flat[at + OFF] += flat[at + UNIT] * surprise
-        flat[at + SLOW] += flat[at + UNIT] * slow
         flat[at + BEFORE] = flat[at + LAST]
         flat[at + LAST] = log_gap
 

@@ -16,7 +16,7 @@ KNOTS: Final = (
 )  # fmt: skip
 BINS: Final = len(KNOTS) - 1
 _MEMORY: Final = 3_000.0
-_PRIOR: Final = 50.0
+_PRIOR: Final = 30.0
 """Gaps' worth of belief that forecasts are right as they are."""
 _REFRESH: Final = 64
 
