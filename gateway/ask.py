@@ -80,6 +80,8 @@ def ask_for(
             heads=turn.heads(HEAD_SEGMENTS),
             home=session.pod,
             relative=turn.forked_from,
+            affinity=session.affinity,
+            resumed=turn.resumed,
         ),
         request.model,
         tenant,

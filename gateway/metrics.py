@@ -439,7 +439,7 @@ LABELS = {
     "idle_kind": "`tool`, `human`, `background`, `ended`",
     "cause": "`model`, `tools`, `system`, `compaction`, `edit`, `truncation`",
     "policy": "the routing policy",
-    "reason": "`only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
+    "reason": "`only`, `home`, `moved`, `shared_prefix`, `hashed`, `policy`; see"
     " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
     " `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found)",

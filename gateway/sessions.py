@@ -85,6 +85,9 @@ class Session:
     created_at: float
     seen_at: float
     request_class: RequestClass
+    affinity: str
+    """What every replica of the gateway calls it when it chooses a pod: ``sid`` of a session that
+    its client names, else a digest of how it begins."""
     forked_from: str | None = None
     turns: int = 0
     in_flight: int = 0
@@ -141,6 +144,8 @@ class Turn:
     forked_from: tuple[str, int] | None
     """The chain (its sid) that this new one continues, and how many tokens they share."""
     started_at: float
+    resumed: bool = False
+    """Its history holds answers that did not pass here, nor is it known where they came from."""
 
     def heads(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Links of the prompt's prefix after the given segments and the tokens up to there."""
@@ -208,6 +213,7 @@ class SessionStore:
         session, prefix, change, by, fork = self._resolve(
             headers, request, named, request_class, tenant, scope, now
         )
+        resumed = fork is None and _answered_elsewhere(session, request, change)
         gap = self._close_gap(session, request, request_class, now)
         self._note_background(session, request, change)
 
@@ -242,6 +248,7 @@ class SessionStore:
             gap=gap,
             forked_from=fork,
             started_at=now,
+            resumed=resumed,
         )
 
     def _resolve(
@@ -289,9 +296,10 @@ class SessionStore:
             chain = f"{self._unnamed}.{next(self._numbers)}"
             key, group, parent = f"{scope:x}:{chain}", chain, None
 
+        sid = _public(key)
         session = Session(
             key=key,
-            sid=_public(key),
+            sid=sid,
             tenant=tenant,
             scope=scope,
             source=source,
@@ -302,6 +310,7 @@ class SessionStore:
             created_at=now,
             seen_at=now,
             request_class=request_class,
+            affinity=sid if named is not None else _beginning(scope, request, prefix),
         )
         fork = None
         if forked_from is not None:
@@ -560,6 +569,23 @@ def _last_user_text(request: TurnRequest) -> str:
 def _user_spoke(request: TurnRequest, shared: int) -> bool:
     """Whether a person's words are among the first ``shared`` segments."""
     return any(request.item(i).role == "user" for i in range(2, shared))
+
+
+def _beginning(scope: int, request: TurnRequest, prefix: Prefix) -> str:
+    """A digest of all up to a conversation's first words of a person."""
+    for index in range(HEAD_SEGMENTS, len(prefix)):
+        if request.item(index).role == "user":
+            break
+    return f"{prefix.chain[index] ^ scope:x}"
+
+
+def _answered_elsewhere(session: Session, request: TurnRequest, change: PrefixChange) -> bool:
+    """Whether another replica of the gateway has served turns of the session since this one did
+    (or ever): the request holds answers that were not given here."""
+    if not session.turns:
+        return _replied_after(request, HEAD_SEGMENTS)
+    new = (request.item(i).call_ids for i in range(change.same, len(request.segments)))
+    return any(call_id not in session.calls for ids in new for call_id in ids)
 
 
 def _replied_after(request: TurnRequest, shared: int) -> bool:
