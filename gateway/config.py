@@ -40,8 +40,11 @@ from pydantic_settings import (
 )
 
 ENV_PREFIX: Final = "CACHEWISE_"
-#: `CACHEWISE_API_KEYS` is short for the full name of this setting.
-ENV_SHORT: Final = {"CACHEWISE_API_KEYS": "CACHEWISE_ACCESS__API_KEYS"}
+#: Short names of variables, and the full ones.
+ENV_SHORT: Final = {
+    "CACHEWISE_API_KEYS": "CACHEWISE_ACCESS__API_KEYS",
+    "CACHEWISE_REDIS_URL": "CACHEWISE_SHARING__REDIS_URL",
+}
 
 Path_: TypeAlias = tuple[str, ...]
 Source: TypeAlias = Literal["flag", "env", "file", "default"]
@@ -280,6 +283,52 @@ class SessionSettings(_Model):
     """A session not seen for this long is forgotten."""
 
 
+class SharingSettings(_Model):
+    redis_url: SecretStr | None = Field(
+        default=None,
+        json_schema_extra=_allowed("redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://… (TLS)"),
+    )
+    """Redis or Valkey by which replicas of the gateway work as one (docs/replicas.md). Also set by
+    `CACHEWISE_REDIS_URL`."""
+    prefix: str = Field(
+        default="cachewise:",
+        json_schema_extra=_allowed("up to 64 letters, digits and . _ : { } -"),
+    )
+    """Begins every key there; gateways of one fleet have the same, those of another fleet
+    another."""
+    read_timeout_s: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.02, json_schema_extra=_allowed("a number > 0 and ≤ 1")
+    )
+    """Longest wait of a turn for what the store knows of a session that this replica does not
+    know."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.get_secret_value().strip())
+            usable = parts.hostname is not None and parts.port != 0
+        except ValueError:
+            usable = False
+        path = parts.path.strip("/") if usable else ""
+        if (
+            not usable
+            or parts.scheme not in ("redis", "rediss")
+            or not (path == "" or (path.isascii() and path.isdecimal()))
+        ):
+            raise ValueError("is not the address of a Redis")
+        return SecretStr(value.get_secret_value().strip())
+
+    @field_validator("prefix")
+    @classmethod
+    def _short(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.:{}-]{1,64}", value, re.ASCII):
+            raise ValueError("is not of that form")
+        return value
+
+
 class ForecastSettings(_Model):
     state_file: Path | None = Field(default=None, json_schema_extra=_allowed("a path, or off"))
     """Where what was learned of gaps is kept. Unset, `cachewise serve` takes
@@ -478,6 +527,7 @@ class Settings(BaseSettings):
     relay: RelaySettings = RelaySettings()
     sessions: SessionSettings = SessionSettings()
     forecast: ForecastSettings = ForecastSettings()
+    sharing: SharingSettings = SharingSettings()
     probe: ProbeSettings = ProbeSettings()
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()
@@ -803,8 +853,9 @@ def reference() -> str:
         "```",
         "",
         "The key gives the variable: `relay.idle_timeout_s` is `CACHEWISE_RELAY__IDLE_TIMEOUT_S`.",
-        "`CACHEWISE_API_KEYS` is short for `CACHEWISE_ACCESS__API_KEYS`. Variables that Kubernetes",
-        "sets for a Service named `cachewise` are ignored.",
+        "`CACHEWISE_API_KEYS` is short for `CACHEWISE_ACCESS__API_KEYS`, `CACHEWISE_REDIS_URL` for",
+        "`CACHEWISE_SHARING__REDIS_URL`. Variables that Kubernetes sets for a Service named",
+        "`cachewise` are ignored.",
         "",
     ]
     section: Path_ | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from gateway.access import Access, Tenant
 from gateway.closed_loop import ClosedLoop
@@ -17,6 +18,9 @@ from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
+
+if TYPE_CHECKING:
+    from gateway.sharing.sharing import Sharing
 
 
 class Gateway:
@@ -38,12 +42,21 @@ class Gateway:
         self.metrics = Metrics()
         self.foresight = Foresight(settings.forecast, self.metrics)
         self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
+        self.sharing = self._sharing()
         self.trusted = frozenset(settings.hints.trusted_tenants)
         self.fleet.removed = self.pod_removed
         self.aliases = dict(settings.models.aliases)
         self.draining = False
         self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+
+    def _sharing(self) -> Sharing | None:
+        """Raises `ConfigError` if the store's client is not installed."""
+        if self.settings.sharing.redis_url is None:
+            return None
+        from gateway.sharing.sharing import Sharing
+
+        return Sharing(self.settings.sharing, self.fleet, self.sessions, self.loop, self.metrics)
 
     def pod_removed(self, pod: Pod) -> None:
         """Nothing is kept of a pod that has left the fleet."""

@@ -335,6 +335,39 @@ class Metrics:
             ("pod",),
             registry=registry,
         )
+        self.store_up = Gauge(
+            "cachewise_store_up",
+            "1 while the store that replicas share answers; absent where there is none.",
+            ("store",),
+            registry=registry,
+        )
+        self.store_reads = Family(
+            Counter(
+                "cachewise_store_reads",
+                "Sessions unknown here that were looked for in the store.",
+                ("read_result",),
+                registry=registry,
+            )
+        )
+        self.store_writes = Family(
+            Counter(
+                "cachewise_store_writes",
+                "Writes to the store, each of all that was to be told.",
+                ("result",),
+                registry=registry,
+            )
+        )
+        self.store_dropped = Counter(
+            "cachewise_store_dropped",
+            "News of turns that was not told to other replicas: the store was away too long.",
+            registry=registry,
+        )
+        self.replicas = Gauge(
+            "cachewise_replicas",
+            "Replicas of the gateway that this one hears of, itself included.",
+            registry=registry,
+        )
+        self.replicas.set(1)
         self.loop_lag = Gauge(
             "cachewise_event_loop_lag_seconds",
             "How late the event loop woke a timer last, at the worst of the last ten.",
@@ -435,14 +468,16 @@ LABELS = {
     "outcome": "`ok`, `pod_error` (the pod's own error, passed through), `gateway_error`,"
     " `broken_off` (the pod failed in the middle), `client_gone`, `cancelled`, `failed`",
     "pod": "the pod's name as configured",
-    "by": "what named the session: a header, a body field, `tool_call_id`, `prefix`, `new`",
+    "by": "what named the session: a header, a body field, `tool_call_id`, `prefix`, `store`"
+    " (what another replica knows), `new`",
     "idle_kind": "`tool`, `human`, `background`, `ended`",
     "cause": "`model`, `tools`, `system`, `compaction`, `edit`, `truncation`",
     "policy": "the routing policy",
     "reason": "`only`, `home`, `moved`, `shared_prefix`, `hashed`, `policy`; see"
     " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
-    " `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found)",
+    " `settle`, `forget`, `tick`, `sharing`, `audit` (what a fault had left in the books was"
+    " found)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"
@@ -456,6 +491,8 @@ LABELS = {
     "quantile": "`0.025`, `0.1`, `0.25`, `0.5`, `0.75`, `0.9`, `0.975`; calibrated, the share of"
     " gaps below is just this number",
     "result": "`ok`, `failed`",
+    "store": "`redis`",
+    "read_result": "`hit`, `miss`, `late` (no answer within `sharing.read_timeout_s`), `failed`",
     "state": "`running`, `idle`, `ended`",
 }
 

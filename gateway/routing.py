@@ -167,12 +167,13 @@ def choose(
         tokens_per_s = pod.rate.tokens_per_s
         crowd_s = 0.0
         if not at_home and len(pods) > 1:
-            crowd_s = (len(pod.residency) + pod.in_flight) * _turn_s(pod)
+            living = len(pod.residency) + pod.in_flight + pod.elsewhere_in_flight
+            crowd_s = living * _turn_s(pod)
         candidates.append(
             Candidate(
                 pod,
                 resident_tokens,
-                pod.queued_prefill_tokens / tokens_per_s,
+                (pod.queued_prefill_tokens + pod.elsewhere_queued_tokens) / tokens_per_s,
                 (arrival.prompt_tokens - resident_tokens) / tokens_per_s,
                 crowd_s,
                 hold_s(pod) if hold_s is not None else 0.0,
@@ -253,7 +254,7 @@ def _load(arrival: Arrival, candidate: Candidate) -> tuple[float, int, int, int]
     pod = candidate.pod
     return (
         round(candidate.queue_s / NEARLY_S),
-        pod.in_flight,
+        pod.in_flight + pod.elsewhere_in_flight,
         pod.residency.total_tokens,
         -rendezvous(arrival, pod),
     )
