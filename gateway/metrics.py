@@ -362,6 +362,14 @@ class Metrics:
             "News of turns that was not told to other replicas: the store was away too long.",
             registry=registry,
         )
+        self.shared_gaps = Family(
+            Counter(
+                "cachewise_shared_gaps",
+                "Gaps whose lessons were told to other replicas, or taken from them.",
+                ("direction",),
+                registry=registry,
+            )
+        )
         self.replicas = Gauge(
             "cachewise_replicas",
             "Replicas of the gateway that this one hears of, itself included.",
@@ -492,6 +500,7 @@ LABELS = {
     " gaps below is just this number",
     "result": "`ok`, `failed`",
     "store": "`redis`",
+    "direction": "`told`, `taken`",
     "read_result": "`hit`, `miss`, `late` (no answer within `sharing.read_timeout_s`), `failed`",
     "state": "`running`, `idle`, `ended`",
 }

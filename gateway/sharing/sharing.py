@@ -14,8 +14,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from math import inf
@@ -31,9 +31,10 @@ from gateway.identity import Headers
 from gateway.metrics import Metrics
 from gateway.sessions import SessionStore, Turn, Unknown, marks_of, sid_of
 from gateway.sharing import news, records
+from gateway.sharing.learned import Learned
 from gateway.sharing.news import Left, News, PlaceTaken, Share
 from gateway.sharing.shares import kept_for_others
-from gateway.sharing.store import AwayError, LateError, Store, heed_cancellation
+from gateway.sharing.store import AwayError, LateError, Store, stop, together
 
 logger = logging.getLogger("gateway.sharing")
 
@@ -48,6 +49,7 @@ MARK_TTL_S: Final = 6 * 3600
 MAX_RECORDS: Final = 200
 """Sessions written at once."""
 MAX_REPLICAS: Final = 256
+FAREWELL_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -60,8 +62,8 @@ class Replica:
 
 
 class Sharing:
-    """The shared part of one gateway. `recall`, `began` and `ended` are for turns; `run` does the
-    rest while it lasts."""
+    """The shared part of one gateway. `recall`, `began` and `ended` are for turns; the rest is
+    done while `running` is entered."""
 
     def __init__(
         self,
@@ -81,12 +83,14 @@ class Sharing:
         self.store = Store(
             settings.redis_url.get_secret_value(), settings.prefix, self._survive_news
         )
+        self.learned = Learned(self.store, self.replica, loop.foresight, metrics)
         self.replicas: dict[str, Replica] = {}
         self._unwritten: OrderedDict[str, None] = OrderedDict()
         """Sessions whose records are to be written."""
         self._began: list[tuple[str, float]] = []
         self._left: list[Left] = []
         self._any = asyncio.Event()
+        self._leaving = False
         self._told_places: dict[str, PlaceTaken] = {}
         self._beats = 0
         self._beat_at = -inf
@@ -191,29 +195,35 @@ class Sharing:
 
     # -- telling ---------------------------------------------------------------------------------
 
-    async def run(self) -> Never:
-        """Keep the store and tell it what there is to tell; tells once more when cancelled."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Share while entered; on leaving, say farewell."""
+        task = asyncio.create_task(self._run(), name="sharing")
+        try:
+            yield
+        finally:
+            self._leaving = True
+            with suppress(Exception):
+                async with asyncio.timeout(FAREWELL_S):
+                    await self._tell(leaves=True)
+                    await self.learned.tell()
+            await stop(task)
+
+    async def _run(self) -> Never:
         while True:
             with self._survived():
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self.store.run(), name="sharing: store")
-                    await self._tell_on()
-            heed_cancellation()
+                await together(self.store.run(), self.learned.run(), self._tell_on())
             await asyncio.sleep(1.0)
 
-    async def _tell_on(self) -> None:
-        try:
-            while True:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(BEAT_S):
-                        await self._any.wait()
-                await asyncio.sleep(GATHER_S)
+    async def _tell_on(self) -> Never:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._any.wait()
+            await asyncio.sleep(GATHER_S)
+            if not self._leaving:
                 with self._survived():
                     await self._tell()
-        finally:
-            with suppress(Exception):
-                async with asyncio.timeout(1.0):
-                    await self._tell(leaves=True)
 
     async def _tell(self, leaves: bool = False) -> None:
         now = time.monotonic()

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Any, Final, Never
@@ -37,6 +37,7 @@ CONNECT_S: Final = 2.0
 ANSWER_S: Final = 2.0
 """Longest wait for an answer off a turn's way; then the store counts as away."""
 BACKOFF_S: Final = (0.1, 5.0)
+CANCEL_AGAIN_S: Final = 0.2
 SILENCE_S: Final = 5.0
 """The channel, on which this replica hears itself too, is dead if nothing comes for so long."""
 LATE_IN_A_ROW: Final = 3
@@ -149,12 +150,22 @@ class Store:
             if message is not None:
                 pipe.publish(f"{self.prefix}news", message)
 
-    async def append(self, stream: str, entry: bytes, keep_s: int) -> None:
-        """Add to a stream of which the last ``keep_s`` are kept. Raises `AwayError`."""
-        oldest_ms = int((time.time() - keep_s) * 1000)
+    async def append(self, stream: str, entry: bytes, keep: int, ttl_s: int) -> None:
+        """Add to a stream of which about the last ``keep`` entries are kept. Raises
+        `AwayError`."""
         async with self._pipeline() as pipe:
-            pipe.xadd(f"{self.prefix}{stream}", {b"d": entry}, minid=str(oldest_ms))
-            pipe.expire(f"{self.prefix}{stream}", 2 * keep_s)
+            pipe.xadd(f"{self.prefix}{stream}", {b"d": entry}, maxlen=keep)
+            pipe.expire(f"{self.prefix}{stream}", ttl_s)
+
+    async def last(self, stream: str) -> str:
+        """The id of a stream's last entry. Raises `AwayError`."""
+        if not self.up:
+            raise AwayError
+        try:
+            entries: Any = await self._client.xrevrange(f"{self.prefix}{stream}", count=1)
+        except (RedisError, OSError) as error:
+            raise AwayError from error
+        return entries[0][0].decode() if entries else "0-0"
 
     async def follow(self, stream: str, after: str, count: int) -> list[tuple[str, bytes]]:
         """Entries of a stream after one of its ids, with theirs. Raises `AwayError`."""
@@ -217,20 +228,18 @@ class Store:
                         if failed:
                             logger.info("the shared store is back")
                         failed, backoff_s = False, low_s
-                        async with asyncio.TaskGroup() as tasks:
-                            tasks.create_task(self._listen(channel), name="sharing: listen")
-                            tasks.create_task(self._answer(), name="sharing: read")
-                except* (RedisError, OSError, TimeoutError) as group:
+                        await together(self._listen(channel), self._answer())
+                except (RedisError, OSError, TimeoutError) as error:
                     if not failed:
-                        reason = _first(group)
                         logger.warning(
                             "the shared store is away (%s): this replica goes on alone",
-                            type(reason).__name__,
+                            type(error).__name__,
                         )
                     failed = True
+                    with contextlib.suppress(RedisError, OSError):
+                        await self._client.connection_pool.disconnect()  # all of them are dead
                 finally:
                     self._fall()
-                heed_cancellation()
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
                 backoff_s = min(2 * backoff_s, high_s)
         finally:
@@ -253,14 +262,26 @@ class Store:
                 self._heard(message["data"])
 
 
-def heed_cancellation() -> None:
-    """Raise `asyncio.CancelledError` if the task has been cancelled: a task group whose tasks fail
-    while it is cancelled raises their errors instead (until Python 3.13)."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+async def together(*works: Coroutine[Any, Any, Any]) -> None:
+    """Run works that never end by themselves until one fails; raises its error, the others are
+    cancelled."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        await stop(*tasks)
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+async def stop(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and see them end. A cancellation that meets a connection being made is lost in
+    the client of Redis, so it is repeated."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        done, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # seen

@@ -16,11 +16,14 @@ import pytest
 import redis.asyncio
 
 from gateway.config import ConfigError
+from gateway.dialects.turn import ToolCall
 from gateway.embedded.fleet import EmbeddedFleet
 from gateway.embedded.scheduler import EngineConfig
 from gateway.gateway import Gateway
+from gateway.predictor import Context
 from gateway.sessions import Session
 from gateway.sharing.sharing import Sharing
+from gateway.sharing.store import AwayError
 from tests.crowded import CAPACITY_TOKENS, Gate, SmallPod, agent_body, of
 from tests.served import Running, gateway_over, until
 from tests.sharing.agents import Agent
@@ -197,6 +200,54 @@ async def test_what_a_replica_held_is_free_when_it_stops(redis: RedisServer) -> 
         assert not b.gateway.loop.admission.lent
 
 
+# -- what was learned -----------------------------------------------------------------------------
+
+
+def taught(gateway: Running, count: int = 40) -> None:
+    """Let its forecasts see waits for a tool that nobody has heard of."""
+    predictor = gateway.gateway.foresight.predictor
+    for n in range(count):
+        context = Context(f"s{n}", "acme")
+        predictor.observe(predictor.forecast([ODD_CALL], "tool", context), 400.0)
+
+
+def expects(gateway: Running) -> float:
+    context = Context("new", "acme")
+    return gateway.gateway.foresight.predictor.forecast([ODD_CALL], "tool", context).median_s
+
+
+ODD_CALL = ToolCall.of("id", "Bash", '{"command": "frobnicate --all"}')
+
+
+async def test_what_one_replica_learns_of_gaps_all_know_and_new_ones_too(
+    redis: RedisServer,
+) -> None:
+    async with EmbeddedFleet(pods=2) as fleet:
+        async with two_gateways(redis, *fleet.urls) as (a, b):
+            await until(lambda: all(sharing(g).learned._began for g in (a, b)))
+            before = expects(b)
+            taught(a)
+            redis.kill()
+            await until(lambda: not sharing(a).store.up)
+            with pytest.raises(AwayError):
+                await sharing(a).learned.tell()  # it is kept
+            redis.start()
+            await until(lambda: sharing(a).store.up and sharing(b).store.up)
+            for _ in range(2):  # the second time there is nothing new
+                for gateway in (a, b):
+                    await sharing(gateway).learned.tell()
+                    await sharing(gateway).learned.take()
+            assert expects(b) == pytest.approx(expects(a), rel=0.2)
+            assert expects(b) > 3 * before
+            assert await a.metric('cachewise_shared_gaps_total{direction="told"}') == 40
+            assert await b.metric('cachewise_shared_gaps_total{direction="taken"}') == 40
+            assert await a.metric('cachewise_shared_gaps_total{direction="taken"}') == 0
+            await sharing(b).learned.keep()
+        async with two_gateways(redis, *fleet.urls) as (c, _):
+            await until(lambda: expects(c) > 3 * before)
+            assert expects(c) == pytest.approx(expects(b), rel=0.2)
+
+
 # -- a store that does not answer -----------------------------------------------------------------
 
 
@@ -303,6 +354,8 @@ async def test_nothing_in_the_store_or_on_its_channel_tells_who_said_what_and_al
             for agent in made:
                 assert await agent.turn(gateway.url)
             await told(gateway)
+        await sharing(a).learned.tell()
+        await sharing(b).learned.keep()
         stored = b""
         async for key in client.scan_iter("*"):
             assert key.startswith(b"cachewise:")
