@@ -100,6 +100,29 @@ class PodSettings(_Model):
     dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
     """Data-parallel ranks behind the address: each is a pod of its own, asked for by
     `X-data-parallel-rank`."""
+    kv_events: str | None = Field(default=None, json_schema_extra=_allowed("tcp://HOST:PORT"))
+    """Where the pod publishes its KV events (`endpoint` of `--kv-events-config`): what its cache
+    holds is then known, not believed. Of rank n the port is higher by n."""
+    kv_events_replay: str | None = Field(
+        default=None, json_schema_extra=_allowed("tcp://HOST:PORT, with kv_events")
+    )
+    """Where it replays those that were missed (`replay_endpoint`)."""
+
+    @field_validator("kv_events", "kv_events_replay")
+    @classmethod
+    def _is_tcp(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if info.field_name == "kv_events_replay" and info.data.get("kv_events") is None:
+            raise ValueError("is set without kv_events")
+        try:
+            parts = urlsplit(value.strip())
+            usable = parts.scheme == "tcp" and parts.hostname and parts.port
+        except ValueError:
+            usable = False
+        if not usable or parts.path or parts.query or "@" in parts.netloc or "*" in parts.netloc:
+            raise ValueError("is not an endpoint of ZeroMQ")
+        return value.strip()
 
     @model_validator(mode="before")
     @classmethod
@@ -171,8 +194,24 @@ class DiscoverySettings(_Model):
     """How they are spoken to."""
     dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
     """Data-parallel ranks behind each address; see `dp_ranks` of a pod."""
+    kv_events_port: Annotated[int | None, Field(ge=1, le=65535)] = Field(
+        default=None, json_schema_extra=_allowed("a whole number from 1 to 65535")
+    )
+    """Port at which each of them publishes its KV events; see `kv_events` of a pod."""
+    kv_events_replay_port: Annotated[int | None, Field(ge=1, le=65535)] = Field(
+        default=None,
+        json_schema_extra=_allowed("a whole number from 1 to 65535, with kv_events_port"),
+    )
+    """Port at which each of them replays those that were missed."""
     interval_s: Seconds = 5.0
     """Time between two DNS look-ups."""
+
+    @field_validator("kv_events_replay_port")
+    @classmethod
+    def _beside_events(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("kv_events_port") is None:
+            raise ValueError("is set without discovery.kv_events_port")
+        return value
 
     @field_validator("dns_name", "service", "selector", "namespace")
     @classmethod
@@ -514,7 +553,8 @@ class Settings(BaseSettings):
     pods: Annotated[tuple[PodSettings, ...], BeforeValidator(_split_list)] = Field(
         default=(),
         json_schema_extra=_allowed(
-            "URL[,URL…], or a list of URL or of url, name, api_key, dp_ranks"
+            "URL[,URL…], or a list of URL or of url, name, api_key, dp_ranks, kv_events,"
+            " kv_events_replay"
         ),
     )
     """The fleet; embedded pods if empty and none are discovered."""

@@ -36,7 +36,10 @@ class Gateway:
             pod_key.get_secret_value() if pod_key is not None else None,
             discovery(settings.discovery),
             settings.discovery.dp_ranks,
+            (settings.discovery.kv_events_port, settings.discovery.kv_events_replay_port),
         )
+        if settings.discovery.kv_events_port or any(pod.kv_events for pod in settings.pods):
+            import gateway.fleet.kv_events  # noqa: F401 (raises `ConfigError` where it cannot be)
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
@@ -45,6 +48,7 @@ class Gateway:
         self.sharing = self._sharing()
         self.trusted = frozenset(settings.hints.trusted_tenants)
         self.fleet.removed = self.pod_removed
+        self.fleet.events_troubled = self.metrics.kv_events_troubled
         self.aliases = dict(settings.models.aliases)
         self.draining = False
         self.turns_asked = 0

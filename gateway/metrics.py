@@ -23,6 +23,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from gateway.admission import Admission
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.pod import Pod
 from gateway.sessions import SessionStore
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -293,6 +294,19 @@ class Metrics:
             ("pod",),
             registry=registry,
         )
+        self.pod_events_live = Gauge(
+            "cachewise_pod_kv_events_live",
+            "1 while the pod's KV events tell what its cache holds, 0 while it is believed; absent"
+            " without a subscription.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_events_troubles = Counter(
+            "cachewise_pod_kv_events_troubles",
+            "KV events that were missed or of no use, by what came of it.",
+            ("pod", "trouble"),
+            registry=registry,
+        )
         self.discovery_failures = Counter(
             "cachewise_discovery_failures",
             "Times that discovery could not ask where the pods are.",
@@ -387,6 +401,9 @@ class Metrics:
             registry=registry,
         )
 
+    def kv_events_troubled(self, pod: Pod, trouble: str) -> None:
+        self.pod_events_troubles.labels(pod.name, trouble).inc()
+
     def forget(self, pod: str) -> None:
         """Drop what is kept of a pod that has left."""
         for kept in vars(self).values():
@@ -443,7 +460,9 @@ class Metrics:
             self.pod_in_flight.labels(pod.name).set(pod.in_flight)
             self.pod_queued.labels(pod.name).set(pod.queued_prefill_tokens)
             self.pod_rate.labels(pod.name).set(pod.rate.tokens_per_s)
-            self.pod_resident.labels(pod.name).set(pod.residency.total_tokens)
+            self.pod_resident.labels(pod.name).set(pod.residency.resident_tokens)
+            if pod.residency.ledger is not None:
+                self.pod_events_live.labels(pod.name).set(pod.residency.ledger.live)
             if pod.residency.capacity_tokens is not None:
                 self.pod_capacity.labels(pod.name).set(pod.residency.capacity_tokens)
             load = pod.probed.load if pod.probed is not None else None
@@ -499,6 +518,8 @@ LABELS = {
     "quantile": "`0.025`, `0.1`, `0.25`, `0.5`, `0.75`, `0.9`, `0.975`; calibrated, the share of"
     " gaps below is just this number",
     "result": "`ok`, `failed`",
+    "trouble": "`replayed` (a missed message was had in the end), `lost` (what was missed cannot be"
+    " had), `restarted` (another engine), `malformed`, `overflow` (more blocks than are kept)",
     "store": "`redis`",
     "direction": "`told`, `taken`",
     "read_result": "`hit`, `miss`, `late` (no answer within `sharing.read_timeout_s`), `failed`",

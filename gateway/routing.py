@@ -112,7 +112,8 @@ class Arrival:
     the session is of use only so far); ``heads`` are the prompt's leading prefix links, longest
     first, with their lengths in tokens; ``relative`` is the chain it was forked from, with the
     tokens they share. ``affinity`` is what every replica of the gateway calls the session, its
-    ``sid`` if not given; ``resumed`` says that it is unknown here and its history that it goes on.
+    ``sid`` if not given; ``resumed`` says that replicas which this one knows nothing of have served
+    it since, or ever.
     """
 
     sid: str
@@ -161,6 +162,7 @@ def choose(
         resident_tokens, own = weigh(pod, arrival)
         at_home = at_home or own
         weighed.append((pod, resident_tokens))
+    home_name = _home(arrival, weighed)
 
     candidates = []
     for pod, resident_tokens in weighed:
@@ -199,8 +201,8 @@ def choose(
     if policy == "least_loaded":
         return decision(min(candidates, key=lambda c: _load(arrival, c)), "policy")
 
-    home = next((c for c in candidates if c.pod.name == arrival.home), None)
-    if home is not None and at_home and home.resident_tokens and not arrival.resumed:
+    home = next((c for c in candidates if c.pod.name == home_name), None)
+    if home is not None and at_home and home.resident_tokens:
         best = _soonest(arrival, candidates)
         if home.total_s <= best.total_s + STAY_S:
             return decision(home, "home")
@@ -237,8 +239,20 @@ def _agreed(arrival: Arrival, candidates: Sequence[Candidate]) -> Candidate:
     return max(within, key=lambda c: (c.pod.name == home, rendezvous(arrival, c.pod)))
 
 
+def _home(arrival: Arrival, weighed: Sequence[tuple[Pod, int]]) -> str | None:
+    """Where the session was served last. Of one that others have served since, where most of it is
+    known to be, if any pod tells."""
+    if not arrival.resumed:
+        return arrival.home
+    known = [(tokens, pod.name) for pod, tokens in weighed if pod.residency.knows(arrival.sid)]
+    tokens, name = max(known, default=(0, None))
+    return name if tokens else None
+
+
 def _worth_following(arrival: Arrival, candidates: Sequence[Candidate], instead: Candidate) -> bool:
     """Whether some pod holds so much of the prompt that it is not to be computed elsewhere."""
+    if arrival.resumed:
+        return False  # what is believed of it is from before others have served it
     most_tokens = max(c.resident_tokens for c in candidates)
     if arrival.relative is not None:
         return most_tokens > instead.resident_tokens

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.fleet.ledger import Ledger
 from gateway.fleet.pod import Pod, PrefillRate
 from gateway.routing import (
     BALANCE,
@@ -154,6 +155,26 @@ def test_a_resumed_session_is_sent_by_the_hash_whatever_this_replica_believes() 
     for home in "ab":
         decision = choose(pods, arrival(home=home, resumed=True))
         assert decision.pod.name == hashed("me", *pods)
+
+
+def test_a_resumed_session_goes_where_most_of_it_is_known_to_be() -> None:
+    pods = [pod("a", resident={"me": 60_000}), pod("b", resident={"me": 1}), pod("c")]
+    for made, blocks in zip(pods, (100, 200, 0), strict=True):
+        made.residency.ledger = Ledger()
+        made.residency.ledger.live = True
+        made.residency.ledger.store("me", None, range(1, blocks + 1), 16)
+    decision = choose(pods, arrival(4_000, home="a", resumed=True))
+    assert (decision.pod.name, decision.reason, decision.resident_tokens) == ("b", "home", 3_200)
+    pods[1].residency.ledger.live = False  # type: ignore[union-attr]
+    assert choose(pods, arrival(4_000, home="a", resumed=True)).pod.name == "a"
+
+
+def test_what_is_believed_of_a_resumed_session_draws_it_nowhere() -> None:
+    for home in "ab":
+        pods = [pod("a"), pod("b")]
+        next(p for p in pods if p.name == home).residency.touch("me", 90_000, [])
+        turn = arrival(100_000, home=home, resumed=True)
+        assert choose(pods, turn).pod.name == hashed("me", *pods)
 
 
 def test_a_session_is_ranked_by_its_affinity() -> None:

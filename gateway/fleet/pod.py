@@ -53,6 +53,8 @@ class Pod:
     api_key: str | None = None
     rank: int | None = None
     """Data-parallel rank behind the address, where several engines share it."""
+    kv_events: tuple[str, str | None] | None = None
+    """Where it publishes what is in its KV cache, and where it replays that."""
     ready: bool = False
     draining: bool = False
     """It gets no new turns, and leaves the fleet when its last one has ended."""
