@@ -118,6 +118,7 @@ def values() -> Json:
             podApiKey=TEXT,
             hintsToken=TEXT,
             hubToken=TEXT,
+            redisUrl={"type": "string", "pattern": "^(rediss?://.+)?$"},
         ),
         vllm=section(
             enabled=BOOL,
@@ -143,6 +144,7 @@ def values() -> Json:
                 accessMode=one_of("ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"),
             ),
             aliases=STRINGS,
+            kvEvents=BOOL,
             keda=section(
                 enabled=BOOL,
                 minReplicas={"type": "integer", "minimum": 0},

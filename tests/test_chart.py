@@ -45,6 +45,7 @@ SECRETS = {
     "podApiKey": "a-key-of-pods",
     "hintsToken": "a-hints-token",
     "hubToken": "a-hub-token",
+    "redisUrl": "redis://:a-redis-password@redis:6379/0",
 }
 CASES: dict[str, Json] = {
     "defaults": {},
@@ -56,6 +57,7 @@ CASES: dict[str, Json] = {
     },
     "shared claim": {"vllm": {"storage": {"existingClaim": "models"}}},
     "ranks": {"vllm": {"tensorParallelSize": 2, "dataParallelSize": 4}},
+    "KV events": {"vllm": {"dataParallelSize": 4, "kvEvents": True}},
     "keda": {"vllm": {"keda": {"enabled": True}}},
     "routes": {
         "ingress": {"enabled": True, "tlsSecret": "tls"},
@@ -314,6 +316,8 @@ def test_secrets_reach_their_containers_and_no_other_object(tmp_path: Path) -> N
     assert settings.access.pod_api_key is not None
     assert settings.hints.token is not None
     assert set(settings.access.api_keys) == {"team"}
+    assert settings.sharing.redis_url is not None
+    assert settings.sharing.redis_url.get_secret_value() == SECRETS["redisUrl"]
     env = {
         v["name"]: v.get("valueFrom", {}).get("secretKeyRef", {}).get("key")
         for v in container(workload("secrets"))["env"]
@@ -364,6 +368,30 @@ def test_only_the_gateway_and_monitoring_reach_vllm() -> None:
     peers = rule[0]["from"]
     assert peers[0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
     assert len(peers) == 2
+
+
+def test_pods_publish_kv_events_where_the_gateway_looks_for_them(tmp_path: Path) -> None:
+    command = container(workload("KV events"))["command"]
+    config = json.loads(command[command.index("--kv-events-config") + 1])
+    discovery = settings_of("KV events", tmp_path).discovery
+    assert config == {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"tcp://*:{discovery.kv_events_port}",
+        "replay_endpoint": f"tcp://*:{discovery.kv_events_replay_port}",
+    }
+    open_ports = [
+        {"port": 5557, "endPort": 5560},
+        {"port": 6557, "endPort": 6560},
+    ]
+    made = objects("KV events")
+    rules = made["NetworkPolicy", "cachewise-vllm"]["spec"]["ingress"]
+    assert [rule["ports"] for rule in rules] == [[{"port": "http"}], open_ports]
+    assert len(rules[1]["from"]) == 1
+    egress = made["NetworkPolicy", "cachewise"]["spec"]["egress"]
+    assert [{"port": 8000}, *open_ports] in [rule["ports"] for rule in egress]
+    assert "--kv-events-config" not in container(workload("defaults"))["command"]
+    assert settings_of("defaults", tmp_path).discovery.kv_events_port is None
 
 
 def test_dashboards_and_rules_are_taken_from_files(tmp_path: Path) -> None:
@@ -421,6 +449,7 @@ def test_dashboards_and_rules_are_taken_from_files(tmp_path: Path) -> None:
             {"gateway": {"config": {"access": {"admin_token": "x"}}}},
             r"/gateway/config/access.*additional properties 'admin_token' not allowed",
         ),
+        ({"secrets": {"redisUrl": "redis:6379"}}, r"/secrets/redisUrl.*does not match pattern"),
         ({"secrets": {"apiKeys": ["no key"]}}, r"/secrets/apiKeys/0.*does not match pattern"),
         ({"httpRoute": {"enabled": True}}, r"/httpRoute/parentRefs.*minItems: got 0, want 1"),
         ({"vllm": {"enabled": False}}, r"no vLLM is named; set gateway.config.pods, or"),

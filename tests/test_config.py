@@ -199,7 +199,7 @@ def test_pods_come_from_a_variable_a_file_or_flags_alike(tmp_path: Path) -> None
         (
             {"CACHEWISE_PODS": "[{"},
             "pods: '[{' is not valid JSON; allowed: URL[,URL…], or a list of URL or of url, name, "
-            "api_key, dp_ranks (from CACHEWISE_PODS)",
+            "api_key, dp_ranks, kv_events, kv_events_replay (from CACHEWISE_PODS)",
         ),
         (
             {"CACHEWISE_PODS": '[{"name": "x"}]'},
@@ -209,7 +209,24 @@ def test_pods_come_from_a_variable_a_file_or_flags_alike(tmp_path: Path) -> None
         (
             {"CACHEWISE_PODS": "http://a,http://a/v1"},
             "pods: 'http://a,http://a/v1' has the url 'http://a' twice; allowed: URL[,URL…], or a "
-            "list of URL or of url, name, api_key, dp_ranks (from CACHEWISE_PODS)",
+            "list of URL or of url, name, api_key, dp_ranks, kv_events, kv_events_replay (from "
+            "CACHEWISE_PODS)",
+        ),
+        (
+            {"CACHEWISE_PODS": '[{"url": "http://a", "kv_events": "tcp://*:5557"}]'},
+            "pods.0.kv_events: 'tcp://*:5557' is not an endpoint of ZeroMQ; allowed: "
+            "tcp://HOST:PORT (from CACHEWISE_PODS)",
+        ),
+        (
+            {"CACHEWISE_PODS": '[{"url": "http://a", "kv_events_replay": "tcp://a:5558"}]'},
+            "pods.0.kv_events_replay: 'tcp://a:5558' is set without kv_events; allowed: "
+            "tcp://HOST:PORT, with kv_events (from CACHEWISE_PODS)",
+        ),
+        (
+            {"CACHEWISE_DISCOVERY__KV_EVENTS_REPLAY_PORT": "5558"},
+            "discovery.kv_events_replay_port: '5558' is set without discovery.kv_events_port; "
+            "allowed: a whole number from 1 to 65535, with kv_events_port (from "
+            "CACHEWISE_DISCOVERY__KV_EVENTS_REPLAY_PORT)",
         ),
         (
             {"CACHEWISE_REDIS_URL": "redis:6379"},

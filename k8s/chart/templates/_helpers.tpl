@@ -76,6 +76,10 @@ app.kubernetes.io/part-of: cachewise
 {{- if gt (int .Values.vllm.dataParallelSize) 1 }}
 {{- $_ := set $discovery "dp_ranks" (int .Values.vllm.dataParallelSize) }}
 {{- end }}
+{{- if .Values.vllm.kvEvents }}
+{{- $_ := set $discovery "kv_events_port" 5557 }}
+{{- $_ := set $discovery "kv_events_replay_port" 6557 }}
+{{- end }}
 {{- $_ := set $config "discovery" $discovery }}
 {{- $aliases := dict }}
 {{- range $name, $served := .Values.vllm.aliases }}
@@ -112,7 +116,17 @@ app.kubernetes.io/part-of: cachewise
 {{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_ACCESS__ADMIN_TOKEN" "key" "admin-token" "value" .Values.secrets.adminToken) }}
 {{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_ACCESS__POD_API_KEY" "key" "pod-api-key" "value" .Values.secrets.podApiKey) }}
 {{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_HINTS__TOKEN" "key" "hints-token" "value" .Values.secrets.hintsToken) }}
+{{- include "cachewise.secretEnv" (dict "root" . "name" "CACHEWISE_REDIS_URL" "key" "redis-url" "value" .Values.secrets.redisUrl) }}
 {{- with .Values.gateway.extraEnv }}
 {{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Ports of the KV events: one for each data-parallel rank, and as many for replays. */}}
+{{- define "cachewise.eventPorts" -}}
+{{- if .Values.vllm.kvEvents }}
+{{- $more := sub (int .Values.vllm.dataParallelSize) 1 | int }}
+- {port: 5557, endPort: {{ add 5557 $more }}}
+- {port: 6557, endPort: {{ add 6557 $more }}}
 {{- end }}
 {{- end }}
