@@ -37,17 +37,17 @@ def about(median_s: float, spread: float = 2.0) -> Gap:
 
 
 TOOLS: Final[dict[str, tuple[Call, Gap, int]]] = {
-    "ls": (("Bash", {"command": "ls src"}), about(0.1), 200),
-    "test": (("Bash", {"command": "pytest -q tests"}), about(1.2), 1200),
-    "build": (("Bash", {"command": "make build"}), about(2.5), 600),
-    "read": (("Read", {"file_path": "/src/app.py"}), about(0.06, 1.4), 1500),
-    "grep": (("Grep", {"pattern": "def main"}), about(0.12, 1.5), 500),
-    "edit": (("Edit", {"file_path": "/src/app.py", "new": "x"}), about(0.08, 1.4), 100),
-    "plan": (("TodoWrite", {"todos": ["look", "change", "test"]}), about(0.05, 1.2), 60),
-    "web": (("WebFetch", {"url": "https://example.com"}), about(0.8), 1800),
-    "mcp": (("mcp__tracker__find", {"query": "bug"}), about(0.4), 300),
-    "ask": (("AskUserQuestion", {"question": "Go on?"}), about(1.5), 30),
-    "wait": (("BashOutput", {"bash_id": "1"}), about(0.3), 200),
+    "ls": (("Bash", {"command": "ls src"}), about(0.2), 60),
+    "test": (("Bash", {"command": "pytest -q tests"}), about(1.5), 300),
+    "build": (("Bash", {"command": "make build"}), about(3), 150),
+    "read": (("Read", {"file_path": "/src/app.py"}), about(0.1, 1.4), 400),
+    "grep": (("Grep", {"pattern": "def main"}), about(0.2, 1.5), 150),
+    "edit": (("Edit", {"file_path": "/src/app.py", "new": "x"}), about(0.15, 1.4), 40),
+    "plan": (("TodoWrite", {"todos": ["look", "change", "test"]}), about(0.1, 1.2), 30),
+    "web": (("WebFetch", {"url": "https://example.com"}), about(1.2), 450),
+    "mcp": (("mcp__tracker__find", {"query": "bug"}), about(0.6), 100),
+    "ask": (("AskUserQuestion", {"question": "Go on?"}), about(3), 20),
+    "wait": (("BashOutput", {"bash_id": "1"}), about(0.5), 60),
 }
 """What an agent asks for, how long it then runs, and how many tokens come back."""
 USUAL: Final = ("ls", "test", "read", "read", "read", "grep", "grep", "edit", "edit", "build")
@@ -249,8 +249,8 @@ class Agent:
         if parent is not None:
             headers["x-claude-code-agent-id"] = name
         tools = sorted({call[0] for call, _, _ in TOOLS.values()} | {"Task"})
-        talk = self.kind(self.client, headers, text(1500, self.program), tools)
-        talk.say(text(600, f"task {name}"))
+        talk = self.kind(self.client, headers, text(1000, self.program), tools)
+        talk.say(text(2500, f"task {name}"))
         for left in reversed(range(random.randint(*TURNS) if parent is None else 2)):
             if not await self.turn(talk, left == 0, name, parent):
                 return
@@ -280,7 +280,7 @@ class Agent:
             await asyncio.sleep(1)
             return False
         if last:
-            await asyncio.sleep(0 if parent else about(1.5)(random))
+            await asyncio.sleep(0 if parent else about(3)(random))
             if parent is None and random.random() < 0.5:
                 talk.say("And now the next thing.")
             return True
@@ -326,4 +326,4 @@ async def make_trouble(client: aiohttp.ClientSession, seed: int = 0) -> None:
         for trouble in troubles:
             with contextlib.suppress(aiohttp.ClientError):
                 await trouble()
-            await asyncio.sleep(random.uniform(0.2, 0.6))
+            await asyncio.sleep(random.uniform(0.3, 0.9))

@@ -19,6 +19,16 @@ from dashboards.panels import (
 
 REPLICA = "{{replica}} {{instance}}"
 """`replica` is there where the chart's ServiceMonitor scrapes."""
+STATUSES = {
+    "400": "blue",
+    "401": "purple",
+    "404": "green",
+    "429": "yellow",
+    "500": "dark-red",
+    "502": "red",
+    "503": "orange",
+    "504": "yellow",
+}
 
 
 def make() -> Dashboard:
@@ -183,6 +193,8 @@ ERRORS = [
         "reqps",
         (rate("cachewise_gateway_errors_total", GATEWAY, "status"), "{{status}}"),
         stacked=True,
+        colours=STATUSES,
+        span=6,
     ),
     graph(
         "Turns sent again",
@@ -192,6 +204,7 @@ ERRORS = [
         "reqps",
         (rate("cachewise_retries_total", GATEWAY, "reason"), "{{reason}}"),
         stacked=True,
+        span=6,
     ),
     graph(
         "Faults survived",
@@ -200,6 +213,7 @@ ERRORS = [
         "reqps",
         (rate("cachewise_degraded_total", GATEWAY, "stage"), "{{stage}}"),
         stacked=True,
+        span=6,
     ),
     graph(
         "Discovery failures",
@@ -208,5 +222,6 @@ ERRORS = [
         "reqps",
         (rate("cachewise_discovery_failures_total", GATEWAY), "failures"),
         colours={"failures": "red"},
+        span=6,
     ),
 ]

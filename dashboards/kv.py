@@ -21,8 +21,14 @@ def make() -> Dashboard:
         "CacheWise / KV and hints",
         "What the pods' caches hold and what is believed of it, admission's books, hints and what"
         " became of them, evictions and whether they were right.",
-        {"Residency": RESIDENCY, "Admission": ADMISSION, "Hints": HINTS, "Eviction": EVICTION}
-        | {"Engine": ENGINES},
+        {
+            "Residency": RESIDENCY,
+            "Admission": ADMISSION,
+            "Hints": HINTS,
+            "Eviction": EVICTION,
+            "Engine patch": PATCH,
+            "vLLM": ENGINES,
+        },
     )
 
 
@@ -35,6 +41,13 @@ def highest(metric: str) -> str:
 
 
 RESIDENCY = [
+    graph(
+        "KV capacity",
+        "Tokens that each pod's KV cache holds, as the pod reports it.",
+        "what you reckoned with; alike on equal pods. A pod that reports none holds no turns.",
+        "short",
+        (highest("cachewise_pod_kv_capacity_tokens"), "{{pod}}"),
+    ),
     graph(
         "KV cache in use",
         "Share of each pod's KV blocks that running requests hold, as the pod reports it. Cached"
@@ -82,16 +95,6 @@ RESIDENCY = [
         top=1,
     ),
     graph(
-        "KV blocks by what their session waits for",
-        "Blocks that sessions own on pods with the engine patch. `open`: a turn runs or waits;"
-        " `unknown`: not hinted.",
-        "mostly `open` and `tool`. Much `ended`: nothing else wanted the room.",
-        "short",
-        (f"sum by (idle_kind) (cachewise:resident_blocks{{{ENGINE}}})", "{{idle_kind}}"),
-        stacked=True,
-        colours=KINDS,
-    ),
-    graph(
         "Prefill waiting",
         "Tokens of turns in flight that are believed still to be prefilled.",
         "falls back to 0 between turns. A level that stays is a queue.",
@@ -104,8 +107,8 @@ ADMISSION = [
     graph(
         "Admitted of budget",
         "Tokens of the sessions that have a place on each pod, as a share of what places may have.",
-        "at most 100 % (one turn larger than the budget may run alone); near it while turns are"
-        " held.",
+        "near 100 % while turns are held. Above for a while: sessions that have a place grow, or"
+        " nobody waits for one.",
         "percentunit",
         (
             f"sum by (pod) (cachewise_pod_admitted_tokens{{{POD}}})"
@@ -193,6 +196,16 @@ HINTS = [
 
 EVICTION = [
     graph(
+        "KV blocks by what their session waits for",
+        "Blocks that sessions own on pods with the engine patch. `open`: a turn runs or waits;"
+        " `unknown`: not hinted.",
+        "mostly `open` and `tool`. Much `ended`: nothing else wanted the room.",
+        "short",
+        (f"sum by (idle_kind) (cachewise:resident_blocks{{{ENGINE}}})", "{{idle_kind}}"),
+        stacked=True,
+        colours=KINDS,
+    ),
+    graph(
         "Evicted blocks by cause",
         "Cached blocks a second given away: `ended` sessions' and `superseded` ones first, then by"
         " `forecast`; `lru` where nothing is known.",
@@ -214,6 +227,9 @@ EVICTION = [
             "within {{window}} s",
         ),
     ),
+]
+
+PATCH = [
     graph(
         "Waiting order",
         "Requests a second that were let in before an older one, since they need fewer blocks.",
@@ -241,7 +257,7 @@ EVICTION = [
 
 ENGINES = [
     graph(
-        "vLLM: time in its queue, p90",
+        "Time in vLLM's queue, p90",
         "What requests waited inside vLLM before they first ran.",
         "near 0 with admission: turns wait at the gateway instead.",
         "s",
@@ -249,7 +265,7 @@ ENGINES = [
         log=True,
     ),
     graph(
-        "vLLM: time between tokens, p90",
+        "Time between tokens, p90",
         "How fast answers are written.",
         "below 0.1 s. It grows with the requests that run at once and with long prefills.",
         "s",
@@ -257,7 +273,7 @@ ENGINES = [
         log=True,
     ),
     graph(
-        "vLLM: requests by how they ended",
+        "Requests by how they ended",
         "Requests a second, as vLLM counts them; `abort`: the client or the gateway left.",
         "`stop`, some `length`; no `error`.",
         "reqps",

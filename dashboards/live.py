@@ -32,7 +32,7 @@ from gateway.embedded.scheduler import EngineConfig
 
 RULES: Final = Path(__file__).resolve().parents[1] / "k8s" / "chart" / "rules"
 PODS: Final = 3
-ENGINE: Final = EngineConfig(kv_capacity_tokens=40_000, max_model_len=40_000)
+ENGINE: Final = EngineConfig(kv_capacity_tokens=48_000, max_model_len=40_000)
 """A cache for a few sessions, so that some must wait and some are evicted."""
 SCRAPE_S: Final = 1
 

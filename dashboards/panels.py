@@ -73,7 +73,7 @@ def graph(
         .span(span)
         .height(8)
         .line_width(1)
-        .fill_opacity(25 if stacked else 8)
+        .fill_opacity(25 if stacked else 0)
         .show_points(common.VisibilityMode.NEVER)
         .tooltip(
             common_builders.VizTooltipOptions()

@@ -62,7 +62,7 @@ SESSIONS = [
     graph(
         "Sessions forgotten early",
         "Sessions a second forgotten because `sessions.max_sessions` was reached.",
-        "0. Above: raise the limit, a session takes a few kilobytes.",
+        "0. Above: raise the limit, a session takes about 10 kB.",
         "short",
         (rate("cachewise_sessions_evicted_total", GATEWAY), "forgotten"),
         colours={"forgotten": "red"},
