@@ -305,7 +305,8 @@ async def draw(name: str, board: Json, prometheus: Prometheus, began: float, end
     drawn = io.BytesIO()
     picture.figure.savefig(drawn, dpi=100, facecolor=PAGE)
     plt.close(picture.figure)
-    Image.open(drawn).convert("RGB").quantize(96).save(path, optimize=True)
+    flat = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    flat.save(path, optimize=True)
     return path
 
 
