@@ -94,7 +94,8 @@ def test_the_lock_is_that_of_the_dependencies() -> None:
     text = LOCK.read_text()
     locked = dict(re.findall(r"(?m)^([a-z0-9._-]+)==(\S+)", text))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["kubernetes"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["kubernetes"], *extras["otel"]]
     for requirement in map(Requirement, wanted):
         name = canonicalize_name(requirement.name)
         hint = f"{requirement}: make requirements.lock anew, as the Dockerfile says"
