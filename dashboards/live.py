@@ -15,7 +15,6 @@ import shutil
 import socket
 import sys
 import time
-from asyncio import FIRST_EXCEPTION
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -97,16 +96,15 @@ class Live:
     pods: EmbeddedFleet
     began_at: float
 
-    async def work(self, seconds: float, agents: int = 24) -> None:
-        """Load for so long; after seven tenths of it a pod is lost."""
+    @asynccontextmanager
+    async def at_work(self, agents: int = 24) -> AsyncIterator[None]:
+        """Load as long as the context lasts. Raises what went wrong in an agent."""
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(self.gateway_url, connector=connector) as client:
             crew = [Agent(client, number).run() for number in range(agents)]
             tasks = [asyncio.create_task(one) for one in (*crew, make_trouble(client))]
             try:
-                for part in (0.7, 0.3):
-                    await asyncio.wait(tasks, timeout=part * seconds, return_when=FIRST_EXCEPTION)
-                    await self.pods.kill(PODS - 1)
+                yield
             finally:
                 for task in tasks:
                     task.cancel()
@@ -114,6 +112,9 @@ class Live:
         for result in ended:
             if isinstance(result, Exception):
                 raise result
+
+    async def lose_a_pod(self) -> None:
+        await self.pods.kill(PODS - 1)
 
 
 @asynccontextmanager

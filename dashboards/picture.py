@@ -311,7 +311,10 @@ async def draw(name: str, board: Json, prometheus: Prometheus, began: float, end
 
 
 async def draw_all(fleet: Live, seconds: float) -> None:
-    await fleet.work(seconds)
+    async with fleet.at_work():
+        await asyncio.sleep(0.7 * seconds)
+        await fleet.lose_a_pod()
+        await asyncio.sleep(0.3 * seconds)
     IMAGES.mkdir(exist_ok=True)
     ended = time.time()
     for name, board in boards().items():
