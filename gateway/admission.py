@@ -165,6 +165,7 @@ class Place:
     own_tokens: int
     """Tokens beyond the shared prefixes."""
     charged_at: float
+    shared_tokens: int = field(init=False)
     running: int = 0
     idle_since: float = 0.0
     idle_kind: IdleKind | None = None
@@ -172,9 +173,12 @@ class Place:
     _rate: float = 0.0
     _recheck_at: float = -inf
 
+    def __post_init__(self) -> None:
+        self.shared_tokens = sum(tokens for _, tokens in self.links)
+
     @property
     def tokens(self) -> int:
-        return self.own_tokens + sum(tokens for _, tokens in self.links)
+        return self.own_tokens + self.shared_tokens
 
     def idles(self, now: float, kind: IdleKind | None, forecast: GapForecast | None) -> None:
         self.idle_since = now
@@ -304,7 +308,7 @@ class Book:
                 self._tokens["agent"] -= entry[1]
 
     def resize(self, place: Place, tokens: int) -> None:
-        own_tokens = max(0, tokens - sum(shared for _, shared in place.links))
+        own_tokens = max(0, tokens - place.shared_tokens)
         self._tokens[place.ask.lane] += own_tokens - place.own_tokens
         place.own_tokens = own_tokens
 
@@ -317,8 +321,10 @@ class Book:
         """Tokens by which a place for this turn would raise the sum."""
         arrival = ask.arrival
         tokens = arrival.prompt_tokens + ask.output_tokens
-        if arrival.heads and self._links:
-            tokens -= sum(n for link, n in arrival.steps if link in self._links)
+        if arrival.steps and self._links:
+            for link, added_tokens in arrival.steps:
+                if link in self._links:
+                    tokens -= added_tokens
         place = self.places.get(arrival.sid)
         if place is not None:
             tokens -= place.own_tokens
