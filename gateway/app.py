@@ -28,6 +28,7 @@ from gateway.embedded.scheduler import EngineConfig
 from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
+from gateway.inspector import endpoints as inspector
 from gateway.logs import dropped_total
 from gateway.request import authenticate
 from gateway.turns import TurnEndpoint
@@ -103,6 +104,7 @@ def create_app(settings: Settings) -> App:
                 admin_only(gateway, api.drain),
                 methods=["POST", "DELETE"],
             ),
+            *inspector.routes(gateway),
         ],
         exception_handlers={404: not_found, 405: not_found},
     )

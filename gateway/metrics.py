@@ -442,7 +442,8 @@ LABELS = {
     "reason": "`only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
     " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
-    " `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found)",
+    " `settle`, `history`, `inspector`, `forget`, `tick`, `audit` (what a fault had left in the"
+    " books was found)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import orjson
 
@@ -30,6 +31,7 @@ from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway, scope_of
 from gateway.hold import HeldTurn, HoldEnd, patience, queue_full
 from gateway.holds import Priority
+from gateway.losses import LossCause
 from gateway.relay import (
     Answer,
     BrokenOffError,
@@ -52,6 +54,7 @@ from gateway.request import (
 )
 from gateway.routing import Decision, choose
 from gateway.sessions import Turn
+from gateway.turn_history import held_for
 from gateway.turn_log import log_turn
 
 logger = logging.getLogger("gateway.turns")
@@ -102,6 +105,10 @@ class TurnFlow:
         self.attempts = 0
         self.held_s = 0.0
         self.first_byte_s: float | None = None
+        self.first_byte_at: float | None = None
+        self.hold: dict[str, Any] | None = None
+        """Why it was held."""
+        self.losses: dict[LossCause, int] = {}
 
     async def run(self) -> None:
         """Serve the turn; whatever happens, the client gets an answer and the books balance."""
@@ -154,6 +161,7 @@ class TurnFlow:
             body = map_model(body, request.model, served)
             request.model = served
         self.turn = self._begin(request, arrived_at)
+        gateway.history.begin(self)
         async with Departure(self.receive):
             await self._relay(request, body)
 
@@ -297,6 +305,8 @@ class TurnFlow:
             held.began = True
         began_at = time.monotonic()
         end: HoldEnd = "failed"
+        with self._survived("history"):
+            self.hold = held_for(ticket, loop.admission)
         loop.waiting.add(ticket)
         try:
             await held.wait(
@@ -336,8 +346,8 @@ class TurnFlow:
             if run is None:
                 loop.admission.end(ticket, now)
                 return
-            losses = loop.conductor.end(run, now, ended)
-            for cause, tokens in losses.items():
+            self.losses = loop.conductor.end(run, now, ended)
+            for cause, tokens in self.losses.items():
                 self.gateway.metrics.lost_tokens[cause,].inc(tokens)
             if loop.admission.mode == "observe" and ticket.held_s > 0:
                 self._hold_ended("observed", ticket.held_s)
@@ -364,6 +374,7 @@ class TurnFlow:
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
         now = time.monotonic()
         self.first_byte_s = now - sent_at
+        self.first_byte_at = now
         self.gateway.metrics.first_byte[pod.name,].observe(now - self.started_at)
         run = self.pod_run
         assert run is not None
@@ -460,6 +471,8 @@ class TurnFlow:
         client = turn.session.client if turn is not None else "other"
         gateway.metrics.turns[wire, client, self.outcome].inc()
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
+        with self._survived("history"):
+            gateway.history.end(self, now, outcome)
         log_turn(self, now, outcome)
 
     def _finish_observer(self) -> TurnOutcome | None:

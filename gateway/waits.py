@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import inf
 from typing import Final
 
 from gateway.admission import GapForecast
@@ -28,6 +29,24 @@ class Fixed:
 
     def curve(self) -> Sequence[tuple[float, float]]:
         return self.points
+
+    def quantiles(self, probabilities: Sequence[float]) -> list[float | None]:
+        """Seconds by which the gap has ended with each of the ``probabilities`` (rising), if the
+        session returns; None beyond the curve's end. O(points)."""
+        found: list[float | None] = []
+        points = iter(self.points)
+        t_before, p_before, t_s, p = 0.0, 1.0, 0.0, 1.0
+        for probability in probabilities:
+            left = 1.0 - probability
+            while p > left:
+                t_before, p_before = t_s, p
+                t_s, p = next(points, (inf, 0.0))
+            if t_s == inf:
+                found.append(None)
+            else:
+                fallen = (p_before - left) / (p_before - p) if p_before > p else 1.0
+                found.append(round(t_before + (t_s - t_before) * fallen, 3))
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +72,10 @@ class Waits:
 
     def __len__(self) -> int:
         return len(self._by_sid)
+
+    def of(self, sid: str) -> Wait | None:
+        """The session's gap under way, if it was forecast."""
+        return self._by_sid.get(sid)
 
     def begin(self, wait: Wait) -> None:
         self._by_sid[wait.sid] = wait
