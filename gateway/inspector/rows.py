@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final
 
-from gateway.admission import Place, Ticket
+from gateway.admission import Ticket
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway
 from gateway.sessions import Session
@@ -42,20 +42,20 @@ class Whereabouts:
     def of(cls, gateway: Gateway) -> Whereabouts:
         found = cls()
         admission = gateway.loop.admission
+        for ticket in gateway.loop.waiting:
+            sid = ticket.ask.arrival.sid
+            found.held[sid] = admission.why_held(ticket), ticket.decision.pod.name
+            found.tickets[sid] = ticket
         for pod in gateway.fleet:
             kinds = found.kinds[pod.name] = Counter()
             for sid, tokens in pod.residency.chains():
                 found.resident.setdefault(sid, {})[pod.name] = tokens
                 session = gateway.sessions.by_sid(sid)
                 if session is not None:
-                    kinds[state_of(session)] += tokens
+                    kinds["held" if sid in found.held else state_of(session)] += tokens
         for book in admission.books.values():
             for sid, place in book.places.items():
-                found.places[sid] = _place(book.pod, place)
-        for ticket in gateway.loop.waiting:
-            sid = ticket.ask.arrival.sid
-            found.held[sid] = admission.why_held(ticket), ticket.decision.pod.name
-            found.tickets[sid] = ticket
+                found.places[sid] = book.pod.name, place.tokens
         return found
 
     def changed_since(self, before: Whereabouts) -> set[str]:
@@ -69,10 +69,6 @@ class Whereabouts:
             changed.update(sid for sid, value in now.items() if then.get(sid) != value)
             changed.update(then.keys() - now.keys())
         return changed
-
-
-def _place(pod: Pod, place: Place) -> tuple[str, int]:
-    return pod.name, place.tokens
 
 
 def state_of(session: Session) -> str:
