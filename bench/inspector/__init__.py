@@ -1,1 +1,1 @@
-"""The inspector under load: a hundred scripted agents in real time, pictures of it, what it costs."""
+"""The inspector under load: a hundred scripted agents in real time, pictures, what it costs."""

@@ -1,8 +1,8 @@
 """Scripted agents that work in real time through a gateway over embedded pods: tools, sub-agents,
 people who are asked, compactions.
 
-The embedded pods answer as each request's script says, so an agent plays both parts: it asks for the
-tool that its model "calls", waits as long as the tool would run, and sends the history on.
+The embedded pods answer as each request's script says, so an agent plays both parts: it asks for
+the tool that its model "calls", waits as long as the tool would run, and sends the history on.
 """
 
 from __future__ import annotations

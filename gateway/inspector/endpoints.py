@@ -53,20 +53,6 @@ STALL_S: Final = 20.0
 """A watcher that takes nothing for so long is dropped."""
 
 
-def routes(gateway: Gateway) -> list[Route]:
-    """The inspector's part of the app."""
-    inspector = Inspector(gateway)
-    admin = "/v1/cachewise"
-    return [
-        Route("/ui", _to_page),
-        Route("/ui/{name:path}", Page()),
-        Route(f"{admin}/events", admin_only(gateway, inspector.events)),
-        Route(f"{admin}/turns", admin_only(gateway, inspector.turns)),
-        Route(f"{admin}/sessions/{{sid}}/turns", admin_only(gateway, inspector.session_turns)),
-        Route(f"{admin}/connect", admin_only(gateway, inspector.connect)),
-    ]
-
-
 async def _to_page(request: Request) -> Response:
     return RedirectResponse("ui/")  # relative: the gateway may stand below a path
 
@@ -101,11 +87,22 @@ class Page:
 
 
 class Inspector:
-    """The handlers of what the page reads."""
+    """The page and the handlers of what it reads, over one gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.feed = Feed(gateway)
+
+    def routes(self) -> list[Route]:
+        gateway, admin = self.gateway, "/v1/cachewise"
+        return [
+            Route("/ui", _to_page),
+            Route("/ui/{name:path}", Page()),
+            Route(f"{admin}/events", admin_only(gateway, self.events)),
+            Route(f"{admin}/turns", admin_only(gateway, self.turns)),
+            Route(f"{admin}/sessions/{{sid}}/turns", admin_only(gateway, self.session_turns)),
+            Route(f"{admin}/connect", admin_only(gateway, self.connect)),
+        ]
 
     async def events(self, request: Request) -> ASGIApp:
         """Sessions, pods and turns as server-sent events: all there are, then what changes."""
@@ -204,7 +201,7 @@ class EventStream:
         await self._send(send, b"hello", hello)
         while not gateway.draining:
             await self._send(send, b"frame", watcher.frame(self._now()))
-            if watcher.complete:
+            if not watcher.behind:
                 await self._news(watcher)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -75,6 +75,11 @@ class Watcher:
             self._missed = True
 
     @property
+    def behind(self) -> bool:
+        """Whether one frame did not hold all rows there were to send."""
+        return bool(self._sessions)
+
+    @property
     def pending(self) -> bool:
         return bool(
             self._sessions
@@ -178,7 +183,7 @@ class Feed:
 
     async def _tick(self) -> None:
         while True:
-            spent_s = TICK_S
+            spent_s = 0.0
             try:
                 spent_s = await self.refresh(time.monotonic())
             except Exception:
