@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TURNS_KEPT: Final = 48
 """Of one session."""
-TOTAL_KEPT: Final = 32_768
+TOTAL_KEPT: Final = 20_000
 CANDIDATES_KEPT: Final = 8
 """Pods that were weighed, the cheapest and the chosen one, of one turn."""
 TOOLS_KEPT: Final = 8
@@ -238,14 +238,11 @@ def reasons(flow: TurnFlow) -> dict[str, Any]:
 def explained(decision: Decision) -> dict[str, Any]:
     """`Decision.explain`, with no more than `CANDIDATES_KEPT` pods; ``weighed`` says how many there
     were."""
-    found: dict[str, Any] = decision.explain()
-    candidates: list[dict[str, Any]] = found["candidates"]
-    found["weighed"] = len(candidates)
-    if len(candidates) > CANDIDATES_KEPT:
-        chosen = found["pod"]
-        candidates = sorted(candidates, key=lambda c: (c["pod"] != chosen, c["total_s"]))
-        found["candidates"] = candidates[:CANDIDATES_KEPT]
-    return found
+    weighed = decision.candidates
+    if len(weighed) > CANDIDATES_KEPT:
+        cheapest = sorted(weighed, key=lambda c: (c.pod is not decision.pod, c.total_s))
+        decision = replace(decision, candidates=tuple(cheapest[:CANDIDATES_KEPT]))
+    return decision.explain() | {"weighed": len(weighed)}
 
 
 def held_for(ticket: Ticket, admission: Admission) -> dict[str, Any]:
