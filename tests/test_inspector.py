@@ -19,7 +19,7 @@ import orjson
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from gateway import connect
 from gateway.config import Settings
@@ -123,61 +123,64 @@ class FeedMachine(RuleBasedStateMachine):
         self.now = 100.0
         self.running: list[Any] = []
 
-    @rule(name=st.integers(0, 11), seconds=st.floats(0.01, 5))
-    def begin(self, name: int, seconds: float) -> None:
-        self.now += seconds
-        headers = {b"x-session-id": b"%d" % name}
-        request = request_of(str(name), "x")
-        turn = self.gateway.sessions.begin(headers, request, "default", 1, self.now)
-        self.running.append(turn)
+    @rule(names=st.lists(st.integers(0, 11), min_size=1, max_size=6))
+    def begin(self, names: list[int]) -> None:
+        for name in names:
+            self.now += 0.1
+            headers = {b"x-session-id": b"%d" % name}
+            request = request_of(str(name), "x")
+            turn = self.gateway.sessions.begin(headers, request, "default", 1, self.now)
+            self.running.append(turn)
 
-    @rule(which=st.integers(0, 5), answered=st.booleans(), tools=st.integers(0, 3))
-    def end(self, which: int, answered: bool, tools: int) -> None:
-        if not self.running:
-            return
-        turn = self.running.pop(which % len(self.running))
-        self.now += 0.1
-        calls = [ToolCall.of(f"call-{n}", "bash", "{}") for n in range(tools)]
-        outcome = TurnOutcome("id", calls, "stop", Usage(100, 10, 50))
-        self.gateway.sessions.end(turn, outcome if answered else None, self.now)
+    @rule(number=st.integers(1, 8), answered=st.booleans(), tools=st.integers(0, 3))
+    def end(self, number: int, answered: bool, tools: int) -> None:
+        while self.running and number:
+            number -= 1
+            self.now += 0.1
+            calls = [ToolCall.of(f"call-{n}", "bash", "{}") for n in range(tools)]
+            outcome = TurnOutcome("id", calls, "stop", Usage(100, 10, 50))
+            turn = self.running.pop(0)
+            self.gateway.sessions.end(turn, outcome if answered else None, self.now)
 
-    @rule(name=st.integers(0, 11), pod=st.integers(0, 1), tokens=st.integers(1, 600))
-    def cache(self, name: int, pod: int, tokens: int) -> None:
-        for session in self.gateway.sessions:
-            if session.key.endswith(f":{name}"):
-                self.pods[pod].residency.touch(session.sid, tokens, [])
+    @rule(place=st.integers(0, 7), pod=st.integers(0, 1), tokens=st.integers(1, 600))
+    def cache(self, place: int, pod: int, tokens: int) -> None:
+        for session in list(self.gateway.sessions)[place : place + 1]:
+            self.pods[pod].residency.touch(session.sid, tokens, [])
 
-    @rule(seconds=st.floats(0, 60))
-    def forget(self, seconds: float) -> None:
-        self.now += seconds
+    @rule()
+    def forget(self) -> None:
+        self.now += 51
         self.gateway.sessions.expire(self.now)
 
     @rule()
     def refresh(self) -> None:
+        self.now += 1
         asyncio.run(self.feed.refresh(self.now))
 
     @rule()
     def read(self) -> None:
         self.view.take(json.loads(orjson.dumps(self.watcher.frame(self.now))))
 
-    @invariant()
-    def is_bounded(self) -> None:
-        in_flight = len({turn.session.sid for turn in self.running})
-        assert len(self.feed.sessions) <= max(self.MAX_ROWS, in_flight)
-
-    def teardown(self) -> None:
-        asyncio.run(self.feed.refresh(self.now))
+    @rule()
+    def settle(self) -> None:
+        """After a refresh, once all is read, the view is right."""
+        self.refresh()
         while self.watcher.pending:
             self.read()
         there = as_it_is(self.gateway)
         assert self.view.complete
         assert {sid: there.get(sid) for sid in self.view.sessions} == self.view.sessions
-        latest = [s.sid for s in reversed(self.gateway.sessions)][: self.MAX_ROWS]
-        assert len(self.view.sessions) == len(latest)
+        assert len(self.view.sessions) == min(len(there), self.MAX_ROWS)
+        assert self.view.pods.keys() == {pod.name for pod in self.pods}
+        for pod in self.pods:
+            assert self.view.pods[pod.name]["resident_tokens"] == pod.residency.total_tokens
+
+    def teardown(self) -> None:
+        self.settle()
 
 
 FeedMachine.TestCase.settings = hypothesis_settings(
-    max_examples=60, stateful_step_count=30, deadline=None
+    max_examples=60, stateful_step_count=25, deadline=None
 )
 TestFeed = FeedMachine.TestCase
 

@@ -35,6 +35,8 @@ class Kind:
     """Its tool that waits for a person."""
     delegates: str | None = None
     """Its tool that starts a sub-agent."""
+    compacts: bool = True
+    """Whether it replaces a long history by a summary."""
 
 
 KINDS: Final = (
@@ -60,7 +62,7 @@ KINDS: Final = (
         "question",
         "task",
     ),
-    Kind("mini-swe-agent", "chat", "litellm/1.80", (("bash", 5.0, 1),)),
+    Kind("mini-swe-agent", "chat", "litellm/1.80", (("bash", 5.0, 1),), compacts=False),
     Kind("codex", "chat", "codex_cli_rs/0.98", (("shell", 6.0, 5), ("apply_patch", 0.3, 3))),
     Kind("openai-sdk", "chat", "OpenAI/Python 2.3", (("run_tests", 20.0, 1), ("search", 1.0, 3))),
 )
@@ -90,7 +92,7 @@ class World:
     ends_at: float
     """Of the event loop's clock; then no agent starts another turn."""
     first_tokens: tuple[int, int] = (4_000, 20_000)
-    result_tokens: tuple[int, int] = (200, 2_500)
+    result_tokens: tuple[int, int] = (200, 3_000)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -129,7 +131,7 @@ class Agent:
                 await self._person()
             else:
                 await self._tool(call, asked or "")
-            if self.turns % 17 == 16 and self.parent is None:
+            if self.turns % 12 == 11 and self.kind.compacts and self.parent is None:
                 self._compact()
 
     def _choose(self) -> str | None:

@@ -14,7 +14,7 @@ from gateway.app import App, create_app
 from gateway.config import EmbeddedSettings, ForecastSettings, Settings
 
 PODS = 4
-KV_CAPACITY_TOKENS = 340_000
+KV_CAPACITY_TOKENS = 400_000
 SPEEDUP = 2.0
 
 

@@ -88,13 +88,12 @@ function fill(c, pod) {
   say(c.status, STATUS[pod.status] ?? pod.status);
   attr(c.status, "data-status", pod.status);
   const flags = [];
-  if (pod.embedded) flags.push("embedded");
   flags.push(pod.hints ? "hints" : "no hints");
   if (pod.session_id === false) flags.push("no session ids");
   say(c.flags, flags.join(" · "));
-  attr(c.flags, "title", [pod.version && `vLLM ${pod.version}`, ...(pod.warnings ?? [])].filter(Boolean).join("\n"));
+  attr(c.flags, "title", [pod.embedded ? "an embedded pod: it generates no real text" : pod.version && `vLLM ${pod.version}`, ...(pod.warnings ?? [])].filter(Boolean).join("\n"));
   say(c.flight, `${pod.in_flight} in flight`);
-  say(c.queued, pod.queued_tokens ? `, ${count(pod.queued_tokens)} to prefill` : "");
+  say(c.queued, pod.queued_tokens ? `, ${count(pod.queued_tokens)} queued` : "");
   const ground = pod.capacity ?? Math.max(1, pod.resident_tokens);
   const told = [];
   let known = 0;
