@@ -368,7 +368,9 @@ function residency(session) {
       { class: "hint" },
       place
         ? `It has a place on ${place.pod}: ${count(place.tokens)} tokens of its budget${place.lane === "aside" ? ", as an aside" : ""}, since ${clock(Date.parse(place.since) / 1000)}.`
-        : "It has no place: its next turn goes through if it fits, and is held if not.",
+        : session.held
+          ? "It has no place: its turn waits for one."
+          : "It has no place: its next turn goes through if it fits, and is held if not.",
     ),
   );
 }

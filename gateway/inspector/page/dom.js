@@ -52,17 +52,17 @@ export function count(n) {
 
 export const whole = new Intl.NumberFormat("en").format;
 
-/** Seconds as people say them. */
+/** Seconds as people say them; the spaces do not break. */
 export function span(s) {
   if (s === null || s === undefined || !Number.isFinite(s)) return "–";
   if (s < 0) s = 0;
-  if (s < 0.01) return "<10 ms";
-  if (s < 1) return `${Math.round(s * 1000)} ms`;
-  if (s < 10) return `${s.toFixed(1)} s`;
-  if (s < 60) return `${Math.floor(s)} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${pad(Math.floor(s % 60))} s`;
-  if (s < 86400) return `${Math.floor(s / 3600)} h ${pad(Math.floor((s % 3600) / 60))} min`;
-  return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
+  if (s < 0.01) return "<10\u00a0ms";
+  if (s < 1) return `${Math.round(s * 1000)}\u00a0ms`;
+  if (s < 10) return `${s.toFixed(1)}\u00a0s`;
+  if (s < 60) return `${Math.floor(s)}\u00a0s`;
+  if (s < 3600) return `${Math.floor(s / 60)}\u00a0min\u00a0${pad(Math.floor(s % 60))}\u00a0s`;
+  if (s < 86400) return `${Math.floor(s / 3600)}\u00a0h\u00a0${pad(Math.floor((s % 3600) / 60))}\u00a0min`;
+  return `${Math.floor(s / 86400)}\u00a0d\u00a0${Math.floor((s % 86400) / 3600)}\u00a0h`;
 }
 
 /** The same in fewer letters, for rows. */
@@ -80,7 +80,7 @@ const pad = (n) => String(n).padStart(2, "0");
 
 export function percent(share, digits = 0) {
   if (!Number.isFinite(share)) return "–";
-  return `${(100 * share).toFixed(digits)} %`;
+  return `${(100 * share).toFixed(digits)}\u00a0%`;
 }
 
 export function clock(epochS) {

@@ -28,7 +28,7 @@ export const clientName = (client) => CLIENT_NAMES[client] ?? client;
 
 const HELD_FOR = {
   no_room: "no room",
-  after_a_due_turn: "behind a due turn",
+  after_a_due_turn: "in line",
   no_pod: "no pod",
 };
 
