@@ -49,6 +49,7 @@ from gateway.holds import (
     PRIORITY_WEIGHT,
     Entry,
     HoldQueue,
+    Line,
     Priority,
     ShareClass,
     Shares,
@@ -74,12 +75,12 @@ REGRET_LOW: Final = 0.01
 REGRET_HIGH: Final = 0.03
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
-STINT_S: Final = 300.0
-"""So long a session may keep its place, from turn to turn, while a due turn waits for one."""
-DUE_EVERY: Final = 6
-"""Of a pod's places, one in so many goes to the longest due turn."""
-DUE_PAUSE_S: Final = 30.0
-"""So does the next after a pause in which none was given."""
+SHED: Final = 0.95
+"""Of the capacity: beyond it, while turns are held, the places least worth keeping are given up, as
+sessions that grew would evict one another's KV."""
+STINT_S: Final = 600.0
+"""So long a session may keep its place, from turn to turn, while a due turn waits for one; and so
+long a turn's fair share of waiting is at most."""
 HORIZON_RANGE_S: Final = (5.0, 600.0)
 MEAN_STINT_S: Final = 300.0
 """How long a session keeps its place, assumed before any was seen."""
@@ -214,6 +215,8 @@ class Ticket:
     held_s: float = 0.0
     """How long it was held, once it is not any more."""
     due_at: float = inf
+    ordinal: int = 0
+    """See `Line`."""
     claim: str | None = None
     """The pod that takes no other turn before this one."""
     only: str | None = None
@@ -248,9 +251,6 @@ class Book:
     claim: Ticket | None = None
     stint_s: float = MEAN_STINT_S
     """How long sessions kept their places of late, while others waited."""
-    passed: int = 0
-    """Places given since a due turn got one."""
-    given_at: float = -inf
     homed: int = 0
     """Held turns whose live KV is here."""
     regret: float = 0.0
@@ -339,10 +339,6 @@ class Book:
             or aside_tokens <= self.budget_tokens - self.tokens
         )
 
-    def owes_due(self, now: float) -> bool:
-        """Whether the next place is for the longest due turn."""
-        return self.passed >= DUE_EVERY - 1 or now - self.given_at >= DUE_PAUSE_S
-
     def wait_s(self, ahead: float) -> float:
         """How long a turn waits for a place behind ``ahead`` others, first come first served: the
         pod's places turn over once in a stint."""
@@ -377,6 +373,9 @@ class Admission:
         self._queues: dict[Lane, HoldQueue[Ticket]] = {
             "agent": HoldQueue(),
             "aside": HoldQueue(),
+        }
+        self._lines: dict[Lane, Line[Ticket]] = {
+            lane: Line(queue) for lane, queue in self._queues.items()
         }
         self._shares = Shares()
         self._numbers = count()
@@ -456,7 +455,7 @@ class Admission:
         ask = ticket.ask
         ahead = len(self._queues[ask.lane]) / len(pods)
         ticket.expected_wait_s = fmean(self.books[pod.name].wait_s(ahead) for pod in pods)
-        ticket.due_at = ticket.arrived_at + ticket.expected_wait_s + self.age_bound_s
+        ticket.due_at = ticket.arrived_at + STINT_S + self.age_bound_s
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
             ticket.only = book.pod.name
@@ -468,6 +467,7 @@ class Admission:
         if ticket.home is not None:
             ticket.home.homed += 1
         self._enqueue(ticket, book)
+        self._lines[ask.lane].join(ticket, ahead=ask.arrived_at is None)
         if ask.lane == "agent" and book.claim is None:
             dispensable = self._dispensable(book, now)
             if dispensable and self._make_room(book, ask, dispensable, False, now):
@@ -534,9 +534,6 @@ class Admission:
             own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
             place = Place(sid, ask, now, links, own_tokens, charged_at=now)
             book.put(place)
-            if ask.lane == "agent":
-                book.passed += 1
-                book.given_at = now
             self._places[sid] = (book, place)
         else:
             place = found[1]
@@ -578,6 +575,8 @@ class Admission:
             over = ended is not None and ended.idle_kind == "ended"
             if over or place.ask.lane == "aside":
                 self._drop(place, now)
+        if self.held_count:
+            self._shed(book, now)
         self._fill(book, now)
 
     def _regret(self, book: Book, ticket: Ticket, ended: Ended) -> None:
@@ -687,13 +686,12 @@ class Admission:
         if not agents:
             return
         dispensable = self._dispensable(book, now)
-        for ticket in agents.due(now) if book.owes_due(now) else ():
+        for ticket in agents.due(now):
             if not self._may_go(ticket, book, now):
                 continue
             if self._make_room(book, ticket.ask, dispensable, True, now):
                 self._release(ticket, book, now)
-                book.passed = 0
-                break
+                continue
             if ticket.claim is None and book.claim is None:
                 ticket.claim = book.pod.name
                 book.claim = ticket
@@ -722,6 +720,22 @@ class Admission:
             if self._make_room(book, ticket.ask, dispensable, False, now):
                 self._release(ticket, book, now)
                 looked_at = 0
+
+    def _shed(self, book: Book, now: float) -> None:
+        """Give up the idle places least worth keeping while those of the pod exceed its cache."""
+        excess_tokens = book.tokens - SHED * book.capacity_tokens
+        if excess_tokens <= 0:
+            return
+        idle = [
+            (place.reuse_rate(now), place.sid, place)
+            for place in book.places.values()
+            if not place.running and place.ask.lane == "agent"
+        ]
+        for _, _, place in sorted(idle):
+            if excess_tokens <= 0:
+                break
+            excess_tokens -= book.freed_tokens(place)
+            self._drop(place, now)
 
     def _missing_tokens(self, ticket: Ticket, pod: Pod) -> int:
         arrival = ticket.ask.arrival
@@ -799,6 +813,9 @@ class Admission:
         reason: Reason = "home" if book.pod.name == arrival.home else "admitted"
         self._unhold(ticket, now)
         self._admit(ticket, book, now)
+        for passed in self._lines[ticket.ask.lane].gave():
+            passed.due_at = min(passed.due_at, now + self.age_bound_s)
+            self._enqueue(passed, book)
         if self.mode == "enforce":
             ticket.decision = replace(decision, policy=self.policy, reason=reason)
             if ticket is not self._arriving:

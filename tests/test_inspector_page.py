@@ -87,12 +87,12 @@ def script(*names: str, tokens: int = 40) -> dict[str, str]:
 
 
 async def turn(
-    gateway: Running, name: str, tools: tuple[str, ...] = ("bash",), **more: str
+    gateway: Running, name: str, tools: tuple[str, ...] = ("bash",), tokens: int = 40, **more: str
 ) -> None:
     body = agent_body(
         "chat", name, "embedded", tokens=3_000, stream=True, stream_options={"include_usage": True}
     )
-    headers = of(name) | {"user-agent": "opencode/1"} | script(*tools) | more
+    headers = of(name) | {"user-agent": "opencode/1"} | script(*tools, tokens=tokens) | more
     answer = await gateway.post("chat", body, headers=headers)
     assert answer.status == 200
 
@@ -115,7 +115,7 @@ async def test_sessions_appear_as_they_work_and_the_empty_page_says_how_to_begin
         await expect(page.locator("#empty pre")).to_contain_text(f'base_url = "{gateway.url}/v1"')
         await expect(page.locator(".pod")).to_have_count(2)
 
-        await turn(gateway, "parent", ("task",))
+        await turn(gateway, "parent", ("task",), tokens=800)
         await turn(
             gateway, "child", ("bash", "read"), **{"x-cachewise-parent-session-id": "parent"}
         )
@@ -130,14 +130,14 @@ async def test_sessions_appear_as_they_work_and_the_empty_page_says_how_to_begin
         await expect(page.locator("[data-tile=sessions] strong")).to_have_text("2")
         await page.locator(".fold:visible").click()
         await expect(tab.rows).to_have_count(1)
-        drawn = await page.evaluate(
+        await page.locator("#window").select_option("60")
+        await page.wait_for_function(
             "() => { const c = document.getElementById('lanes');"
             " const d = c.getContext('2d').getImageData(0, 0, c.width, 36).data;"
             " const seen = new Set(); for (let i = 0; i < d.length; i += 4)"
-            " seen.add(`${d[i]},${d[i + 1]},${d[i + 2]},${d[i + 3]}`); return [...seen]; }"
-        )
-        assert "59,111,224,255" in drawn, "the turn's answer is drawn in its colour"
-        assert "224,161,31,255" in drawn, "and the wait for its tool"
+            " seen.add(`${d[i]},${d[i + 1]},${d[i + 2]},${d[i + 3]}`);"
+            " return seen.has('59,111,224,255') && seen.has('224,161,31,255'); }"
+        )  # the turn's answer and the wait for its tool are drawn, each in its colour
 
 
 async def test_words_and_states_narrow_the_list_and_keys_move_in_it(browser: Browser) -> None:
