@@ -59,6 +59,7 @@ from gateway.idle import IdleKind
 from gateway.routing import Arrival, Decision, Policy, Reason, choose
 
 Mode = Literal["enforce", "observe", "off"]
+HoldReason = Literal["no_room", "after_a_due_turn", "no_pod"]
 Lane = Literal["agent", "aside"]
 
 RESERVE: Final = 0.6
@@ -399,6 +400,13 @@ class Admission:
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
         return None if found is None else (found[0].pod, found[1])
+
+    def why_held(self, ticket: Ticket) -> HoldReason:
+        """Why a held turn waits: for room, behind one that is due, or for a pod to come back."""
+        book = self.books.get(ticket.decision.pod.name)
+        if book is None:
+            return "no_pod"
+        return "no_room" if book.claim in (None, ticket) else "after_a_due_turn"
 
     # -- a turn ----------------------------------------------------------------------------------
 
