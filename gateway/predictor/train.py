@@ -57,11 +57,6 @@ class Recorded:
     turns: list[Turn] = field(default_factory=list)
     human_gaps_s: list[float] = field(default_factory=list)
 
-    @property
-    def owner(self) -> str:
-        """The organisation: what stands before the slash of ``source``."""
-        return self.source.partition("/")[0]
-
     def context(self, turn: Turn) -> Context:
         return Context(
             (self.source, self.name),
@@ -191,32 +186,15 @@ PRIOR_WEIGHT: Final = 100.0
 def rows_of(
     sessions: Sequence[Recorded], folds: int = FOLDS
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features and bins of all calls, each seen with priors from other sessions: half of the
-    sessions with those of other folds, half with those of other organisations, as a project is
-    that nobody has seen before."""
+    """Features and bins of all calls, each seen with priors from sessions of other folds."""
     xs: list[NDArray[np.float32]] = []
     ys: list[int] = []
-    owners = sorted({session.owner for session in sessions})
-    strangers = len(owners) > 1
-    parts = [str(number % folds) for number in range(len(sessions))]
-    if strangers:
-        parts = [
-            session.owner if number % 4 > 1 else part
-            for number, (session, part) in enumerate(zip(sessions, parts, strict=True))
-        ]
-    for part in sorted(set(parts)):
-        apart = part in owners
-        predictor = nodes_of(
-            [
-                session
-                for number, session in enumerate(sessions)
-                if (session.owner != part if apart else str(number % folds) != part)
-            ]
-        )
+    for fold in range(folds):
+        predictor = nodes_of([s for i, s in enumerate(sessions) if i % folds != fold])
         predictor.learn_shared = False
         predictor.keep_features = True
         for number, session in enumerate(sessions):
-            if parts[number] != part:
+            if number % folds != fold:
                 continue
             # Half of the sessions as gateways see them, half call by call.
             for turn, place, call, _ in replay(predictor, session, in_order=number % 2 == 1):
