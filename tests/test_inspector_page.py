@@ -19,6 +19,8 @@ from tests.crowded import ENGINE, Gate, SmallPod, agent_body, held, of
 from tests.served import Running, gateway_over, until
 from tests.test_inspector import fill
 
+PATIENCE_MS = 20_000
+expect.set_options(timeout=PATIENCE_MS)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 pytestmark = [
@@ -67,7 +69,7 @@ async def opened(
     context = await browser.new_context(
         viewport={"width": 1440, "height": 900}, color_scheme=scheme, **options
     )
-    context.set_default_timeout(8_000)
+    context.set_default_timeout(PATIENCE_MS)
     try:
         tab = Tab(await context.new_page())
         await tab.page.goto(gateway.url + path)
