@@ -59,6 +59,7 @@ from gateway.idle import IdleKind
 from gateway.routing import Arrival, Decision, Policy, Reason, choose
 
 Mode = Literal["enforce", "observe", "off"]
+HoldReason = Literal["no_room", "after_a_due_turn", "no_pod"]
 Lane = Literal["agent", "aside"]
 
 RESERVE: Final = 0.6
@@ -165,6 +166,7 @@ class Place:
     own_tokens: int
     """Tokens beyond the shared prefixes."""
     charged_at: float
+    shared_tokens: int = field(init=False)
     running: int = 0
     idle_since: float = 0.0
     idle_kind: IdleKind | None = None
@@ -172,9 +174,12 @@ class Place:
     _rate: float = 0.0
     _recheck_at: float = -inf
 
+    def __post_init__(self) -> None:
+        self.shared_tokens = sum(tokens for _, tokens in self.links)
+
     @property
     def tokens(self) -> int:
-        return self.own_tokens + sum(tokens for _, tokens in self.links)
+        return self.own_tokens + self.shared_tokens
 
     def idles(self, now: float, kind: IdleKind | None, forecast: GapForecast | None) -> None:
         self.idle_since = now
@@ -304,7 +309,7 @@ class Book:
                 self._tokens["agent"] -= entry[1]
 
     def resize(self, place: Place, tokens: int) -> None:
-        own_tokens = max(0, tokens - sum(shared for _, shared in place.links))
+        own_tokens = max(0, tokens - place.shared_tokens)
         self._tokens[place.ask.lane] += own_tokens - place.own_tokens
         place.own_tokens = own_tokens
 
@@ -317,8 +322,10 @@ class Book:
         """Tokens by which a place for this turn would raise the sum."""
         arrival = ask.arrival
         tokens = arrival.prompt_tokens + ask.output_tokens
-        if arrival.heads and self._links:
-            tokens -= sum(n for link, n in arrival.steps if link in self._links)
+        if arrival.steps and self._links:
+            for link, added_tokens in arrival.steps:
+                if link in self._links:
+                    tokens -= added_tokens
         place = self.places.get(arrival.sid)
         if place is not None:
             tokens -= place.own_tokens
@@ -393,6 +400,13 @@ class Admission:
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
         return None if found is None else (found[0].pod, found[1])
+
+    def why_held(self, ticket: Ticket) -> HoldReason:
+        """Why a held turn waits: for room, behind one that is due, or for a pod to come back."""
+        book = self.books.get(ticket.decision.pod.name)
+        if book is None:
+            return "no_pod"
+        return "no_room" if book.claim in (None, ticket) else "after_a_due_turn"
 
     # -- a turn ----------------------------------------------------------------------------------
 

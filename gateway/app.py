@@ -28,6 +28,7 @@ from gateway.embedded.scheduler import EngineConfig
 from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
+from gateway.inspector.endpoints import Inspector
 from gateway.logs import dropped_total
 from gateway.request import authenticate
 from gateway.turns import TurnEndpoint
@@ -80,6 +81,7 @@ def create_app(settings: Settings) -> App:
     turns = {dialect.path: TurnEndpoint(gateway, dialect) for dialect in DIALECTS}
     plain = Plain(gateway)
     api = Api(gateway)
+    inspector = Inspector(gateway)
     admin = "/v1/cachewise"
     app = App(
         lifespan=lifespan,
@@ -105,12 +107,14 @@ def create_app(settings: Settings) -> App:
                 admin_only(gateway, api.drain),
                 methods=["POST", "DELETE"],
             ),
+            *inspector.routes(),
         ],
         exception_handlers={404: not_found, 405: not_found},
     )
     app.gateway = gateway
     app.turns = turns
     app.state.gateway = gateway
+    app.state.inspector = inspector
     return app
 
 

@@ -18,6 +18,7 @@ from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
+from gateway.turn_history import TurnHistory
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracer
@@ -49,6 +50,7 @@ class Gateway:
         self.draining = False
         self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+        self.history = TurnHistory(self.wall_minus_monotonic_s)
 
     def pod_removed(self, pod: Pod) -> None:
         """Nothing is kept of a pod that has left the fleet."""

@@ -35,8 +35,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 STAGES = (
-    *("session", "admission", "route", "observe", "forecast", "settle", "forget", "tick", "audit"),
-    "trace",
+    *("session", "admission", "route", "observe", "forecast", "settle", "history", "inspector"),
+    *("forget", "tick", "audit", "trace"),
 )
 """Where a fault of the clever part is survived."""
 RETRY_REASONS = ("status_503", *(r for r in get_args(Reason) if r != "first_byte_timeout"))
@@ -484,8 +484,8 @@ LABELS = {
     " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`. Of a"
     " retry: `refused`, `connect_timeout`, `disconnected`, `lost`, `failed`, `status_503`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
-    " `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found), `trace`"
-    " (a span is lost)",
+    " `settle`, `history`, `inspector`, `forget`, `tick`, `audit` (what a fault had left in the"
+    " books was found), `trace` (a span is lost)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -31,6 +31,7 @@ from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway, scope_of
 from gateway.hold import HeldTurn, HoldEnd, patience, queue_full
 from gateway.holds import Priority
+from gateway.losses import LossCause
 from gateway.relay import (
     Answer,
     BrokenOffError,
@@ -53,6 +54,7 @@ from gateway.request import (
 )
 from gateway.routing import Decision, choose
 from gateway.sessions import Turn
+from gateway.turn_history import held_for
 from gateway.turn_log import log_turn
 
 if TYPE_CHECKING:
@@ -106,6 +108,10 @@ class TurnFlow:
         self.attempts = 0
         self.held_s = 0.0
         self.first_byte_s: float | None = None
+        self.first_byte_at: float | None = None
+        self.hold: dict[str, Any] | None = None
+        """Why it was held."""
+        self.losses: dict[LossCause, int] = {}
         self.trace: TurnTrace | None = None
         """None unless tracing is on."""
 
@@ -162,6 +168,7 @@ class TurnFlow:
             body = map_model(body, request.model, served)
             request.model = served
         self.turn = self._begin(request, arrived_at)
+        gateway.history.begin(self)
         if self.trace is not None:
             self.trace.parsed(arrived_at, time.monotonic())
         async with Departure(self.receive):
@@ -315,6 +322,8 @@ class TurnFlow:
             held.began = True
         began_at = time.monotonic()
         end: HoldEnd = "failed"
+        with self._survived("history"):
+            self.hold = held_for(ticket, loop.admission)
         loop.waiting.add(ticket)
         try:
             await held.wait(
@@ -356,8 +365,8 @@ class TurnFlow:
             if run is None:
                 loop.admission.end(ticket, now)
                 return
-            losses = loop.conductor.end(run, now, ended)
-            for cause, tokens in losses.items():
+            self.losses = loop.conductor.end(run, now, ended)
+            for cause, tokens in self.losses.items():
                 self.gateway.metrics.lost_tokens[cause,].inc(tokens)
             if loop.admission.mode == "observe" and ticket.held_s > 0:
                 self._hold_ended("observed", ticket.held_s)
@@ -384,6 +393,7 @@ class TurnFlow:
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
         now = time.monotonic()
         self.first_byte_s = now - sent_at
+        self.first_byte_at = now
         if self.trace is not None:
             self.trace.first_byte(answer.status, now)
         self.gateway.metrics.first_byte[pod.name,].observe(now - self.started_at)
@@ -486,6 +496,8 @@ class TurnFlow:
         client = turn.session.client if turn is not None else "other"
         gateway.metrics.turns[wire, client, self.outcome].inc()
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
+        with self._survived("history"):
+            gateway.history.end(self, now, outcome)
         log_turn(self, now, outcome)
         if self.trace is not None:
             self.trace.end(self, outcome, now)

@@ -9,6 +9,7 @@ belief is corrected by every response that says how many tokens were cached.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import ItemsView
 
 MAX_HEADS = 4096
 MAX_CHAINS = 65_536
@@ -31,6 +32,10 @@ class Residency:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def chains(self) -> ItemsView[str, int]:
+        """Chains and their tokens, the oldest first."""
+        return self._tokens.items()
 
     def tokens(self, sid: str) -> int:
         """Tokens of the chain's prefix believed to be in the cache."""
