@@ -27,14 +27,12 @@ def test_clients_call_tools_and_find_their_last_prompt_cached(
     with pods.gateway(
         vllm_pods, tmp_path / "log", {"CACHEWISE_FORECAST__STATE_FILE": "off"}
     ) as url:
-        seen = asyncio.run(
-            real._clients(url, [SESSION] * 3, language, lambda: progress.append(None))
-        )
-    assert len(seen) == len(progress) == 9
-    for number in range(3):
-        first, second, last = [turn for turn in seen if turn.session == number]
-        assert [turn.called_tool for turn in (first, second, last)] == [True, True, False]
-        assert first.cached_tokens < first.prompt_tokens / 2
-        for before, after in ((first, second), (second, last)):
-            assert after.cached_tokens > before.prompt_tokens - 2 * BLOCK_SIZE_TOKENS
-            assert 0 < after.first_token_s <= after.latency_s
+        # Alone: beside others, on pods this fast, a turn may well go where nobody waits.
+        seen = asyncio.run(real._clients(url, [SESSION], language, lambda: progress.append(None)))
+    assert len(seen) == len(progress) == 3
+    first, second, last = seen
+    assert [turn.called_tool for turn in seen] == [True, True, False]
+    assert first.cached_tokens < first.prompt_tokens / 2
+    for before, after in ((first, second), (second, last)):
+        assert after.cached_tokens > before.prompt_tokens - 2 * BLOCK_SIZE_TOKENS
+        assert 0 < after.first_token_s <= after.latency_s
