@@ -46,6 +46,7 @@ _BACKGROUND_RESULT = re.compile(
 _NOTIFICATION = "<task-notification>"
 _CLIENT_SPEAKS = (
     _NOTIFICATION,
+    "<subagent_notification>",
     "Another language model started to solve this problem",
     "This session is being continued from a previous conversation",
 )
@@ -101,9 +102,12 @@ def resumed_by(last: Item) -> IdleKind | None:
 
 def waited_for(expected: IdleKind, resumed: IdleKind | None) -> IdleKind:
     """What a wait that has ended was really for. A question to a person comes back as a tool
-    result; a tool wait cut short by a person comes back as text."""
+    result; a tool wait cut short by a person comes back as text; news of a background task may
+    stand behind the results of the tools that were waited for."""
     if resumed is None:
         return expected
     if resumed == "tool" and expected == "human":
         return "human"
+    if resumed == "background" and expected == "tool":
+        return "tool"
     return resumed
