@@ -46,12 +46,13 @@ _BACKGROUND_RESULT = re.compile(
 _NOTIFICATION = "<task-notification>"
 _CLIENT_SPEAKS = (
     _NOTIFICATION,
-    "<subagent_notification>",
     "Another language model started to solve this problem",
     "This session is being continued from a previous conversation",
 )
 """A user message that holds one of these was written by the client itself: news of a background
 task, the summary that a compaction left."""
+_AGENT_NEWS = "<subagent_notification>"
+"""Codex adds such a message, of a sub-agent that has ended, behind whatever it sends next."""
 _NOTIFIED_CALL = re.compile(r"<tool-use-id>\s*([^<\s]{1,256})\s*</tool-use-id>")
 
 
@@ -89,6 +90,8 @@ def resumed_by(last: Item) -> IdleKind | None:
     """What ended the wait, told from the request's last message: only tool results → the tools;
     a person's text → a person; a message the client made by itself → the background. None if it
     does not tell (an assistant message last, say)."""
+    if _AGENT_NEWS in last.text:
+        return None
     if any(mark in last.text for mark in _CLIENT_SPEAKS):
         return "background"
     if last.role == "tool":
@@ -102,12 +105,9 @@ def resumed_by(last: Item) -> IdleKind | None:
 
 def waited_for(expected: IdleKind, resumed: IdleKind | None) -> IdleKind:
     """What a wait that has ended was really for. A question to a person comes back as a tool
-    result; a tool wait cut short by a person comes back as text; news of a background task may
-    stand behind the results of the tools that were waited for."""
+    result; a tool wait cut short by a person comes back as text."""
     if resumed is None:
         return expected
     if resumed == "tool" and expected == "human":
         return "human"
-    if resumed == "background" and expected == "tool":
-        return "tool"
     return resumed

@@ -70,7 +70,9 @@ def _turns(session: Recorded) -> list[Turn]:
         if each > 1:
             chain = (chain[:, None] * each + np.arange(each)).ravel()
             chain = chain[: max(1, turn.prompt_tokens // BLOCK_TOKENS)]
-        kind: IdleKind = "tool" if turn.idle_kind == "tool" else "human"
+        # A stop reason that was not recorded counts as an answer, as in the published figures.
+        tool = turn.idle_kind == "tool" if turn.stop is None else turn.stop == "tool_use"
+        kind: IdleKind = "tool" if tool else "human"
         turns.append(Turn(tuple(chain.tolist()), max(turn.output_tokens, 1), turn.gap_s, kind))
     return turns
 

@@ -9,6 +9,7 @@ to the end of the second. The compact form names the blocks that are new, and ha
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -81,9 +82,11 @@ def _turns(
                 int(request["in"]),
                 int(request["out"]),
                 gap_s=max(0.0, float(begun.get("think_time") or 0.0)) if turns else 0.0,
+                gap_known=not turns or begun.get("think_time") is not None,
                 api_s=None if api_s is None else round(t_s - begun_s + float(api_s), 6),
                 first_token_s=begun.get("ttft"),
-                idle_kind=_idle(request.get("stop") or begun.get("stop")),
+                idle_kind=_idle(_stop(begun, request), after is not None and _answers(after)),
+                stop=_stop(begun, request),
                 model=str(request.get("model") or ""),
                 **chain.add(_ids(request["hash_ids"])),
             )
@@ -108,8 +111,18 @@ def _is_pair(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
-def _idle(stop: Any) -> IdleKind:
-    return "tool" if stop == "tool_use" else "human"
+def _stop(begun: dict[str, Any], ended: dict[str, Any]) -> str:
+    return str(ended.get("stop") or begun.get("stop") or "")
+
+
+def _answers(request: dict[str, Any]) -> bool:
+    return request.get("input_types") == ["tool_result"]
+
+
+def _idle(stop: str, answered: bool) -> IdleKind:
+    """What a turn is followed by; where its stop reason was not recorded, the next turn's input
+    tells."""
+    return "tool" if stop == "tool_use" or (not stop and answered) else "human"
 
 
 def compact_sessions(record: dict[str, Any]) -> list[Session]:
@@ -140,6 +153,8 @@ def compact_sessions(record: dict[str, Any]) -> list[Session]:
         named = models if agent is None else agents[agent]["models"]
         model = request["m"]
         turns = streams[agent].turns
+        if turns and not turns[-1].stop and request["it"] == "tool_result":
+            turns[-1] = replace(turns[-1], idle_kind="tool")
         turns.append(
             Turn(
                 request["t"] - origins_s[agent],
@@ -149,9 +164,11 @@ def compact_sessions(record: dict[str, Any]) -> list[Session]:
                 fresh=_merged(request["r"]),
                 back=request.get("b", 1),
                 gap_s=request.get("g", 0.0) if turns else 0.0,
+                gap_known=not turns or "g" in request,
                 api_s=request.get("a"),
                 first_token_s=request.get("tf"),
-                idle_kind=_idle(request["st"]),
+                idle_kind=_idle(request["st"], False),
+                stop=request["st"],
                 model=named[model] if model is not None and model < len(named) else "",
             )
         )
@@ -219,9 +236,10 @@ def _requests(
             "hash_ids": chain.tolist(),
             "input_types": ["tool_result" if answers else "text"],
             "output_types": ["tool_use" if turn.idle_kind == "tool" else "text"],
-            "stop": _STOP[turn.idle_kind],
-            "think_time": turn.gap_s,
+            "stop": _STOP[turn.idle_kind] if turn.stop is None else turn.stop,
         }
+        if turn.gap_known:
+            entry["think_time"] = turn.gap_s
         if turn.api_s is not None:
             entry["api_time"] = turn.api_s
         if turn.first_token_s is not None:

@@ -62,11 +62,15 @@ class Turn:
     back: int = 1
     gap_s: float = 0.0
     """The client's wait before it, since the end of the turn before."""
+    gap_known: bool = True
+    """False where the trace does not tell the wait; it then counts as none."""
     api_s: float | None = None
     """From the request to the end of the response."""
     first_token_s: float | None = None
     idle_kind: IdleKind = "human"
     """What the session waited for after it."""
+    stop: str | None = None
+    """The response's stop reason, where the trace has one: ``tool_use``, ``end_turn``, or empty."""
     cached_tokens: int | None = None
     """Of the prompt, as the server reported it."""
     model: str = ""

@@ -39,6 +39,7 @@ def sessions(draw: st.DrawFn, shared: bool = False, **fixed: Any) -> list[Sessio
                     draw(st.integers(1, 9999)),
                     gap_s=gap_s,
                     idle_kind="tool",
+                    stop="tool_use",
                     **chain.add(np.array(ids, np.int64)),
                 )
             )
