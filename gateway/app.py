@@ -73,6 +73,8 @@ def create_app(settings: Settings) -> App:
             await stack.enter_async_context(gateway.loop.hints)
             await stack.enter_async_context(gateway.fleet.watched())
             await stack.enter_async_context(gateway.foresight.kept())
+            if gateway.sharing is not None:
+                await stack.enter_async_context(gateway.sharing.running())
             await stack.enter_async_context(running(keep_house(gateway), "housekeeping"))
             await stack.enter_async_context(running(keep_time(gateway), "admission"))
             yield

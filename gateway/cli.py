@@ -20,6 +20,7 @@ import gateway
 from engine_patch.command import launch_line
 from gateway import access, config, connect
 from gateway.abort import ABORT
+from gateway.analyze_command import analyze
 from gateway.config import ConfigError, Settings, Source
 from gateway.forecast_commands import app as forecast_app
 from gateway.logs import logging_to
@@ -208,6 +209,9 @@ def replay(context: typer.Context) -> None:
             raise
         fail("replay: the replay is part of a clone of the repository, not of the package")
     replayer(args=context.args, prog_name="cachewise replay")
+
+
+app.command("analyze")(analyze)
 
 
 @app.command("version")

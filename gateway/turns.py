@@ -167,21 +167,32 @@ class TurnFlow:
         if served != request.model:
             body = map_model(body, request.model, served)
             request.model = served
-        self.turn = self._begin(request, arrived_at)
+        recalled = await self._recall(request)
+        self.turn = self._begin(request, arrived_at, recalled)
         gateway.history.begin(self)
         if self.trace is not None:
             self.trace.parsed(arrived_at, time.monotonic())
         async with Departure(self.receive):
             await self._relay(request, body)
 
-    def _begin(self, request: TurnRequest, now: float) -> Turn | None:
+    async def _recall(self, request: TurnRequest) -> str | None:
+        """Ask the other replicas for the session, where there are any and it is not known here."""
+        gateway = self.gateway
+        if gateway.sharing is None or len(request.segments) <= 2:
+            return None
+        assert self.tenant is not None
+        return await gateway.sharing.recall(
+            self.headers, request, self.tenant.name, scope_of(self.tenant)
+        )
+
+    def _begin(self, request: TurnRequest, now: float, recalled: str | None) -> Turn | None:
         gateway = self.gateway
         assert self.tenant is not None
         if len(request.segments) <= 2:
             return None  # not of its dialect's shape: the pod will say so
         try:
             turn = gateway.sessions.begin(
-                self.headers, request, self.tenant.name, scope_of(self.tenant), now
+                self.headers, request, self.tenant.name, scope_of(self.tenant), now, recalled
             )
         except Exception:
             self._degraded("session")
@@ -195,6 +206,8 @@ class TurnFlow:
             metrics.prefix_lost_tokens.labels(turn.change.cause).inc(turn.lost_tokens)
         with self._survived("forecast"):
             gateway.loop.gap_ended(turn, self.headers)
+        if gateway.sharing is not None:
+            gateway.sharing.began(turn)
         return turn
 
     # -- to the pod and back ---------------------------------------------------------------------
@@ -489,6 +502,8 @@ class TurnFlow:
                 elif self.told:
                     gateway.loop.gap_is_off(turn.session)
                 self._learn(turn, outcome)
+                if gateway.sharing is not None and ended is not None and self.ticket is not None:
+                    gateway.sharing.ended(turn, self.ticket, ended)
             except Exception:
                 self._degraded("settle")
         self._leave_pod(ended)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from io import StringIO
 
-from bench.replay import scaled, traces
+import pytest
+from rich.console import Console
+
+from bench.replay import real, scaled, traces
 from bench.replay.sample import SAMPLE
 from bench.replay.scaled import ANSWER_TOKENS, MIN_ADDED_TOKENS, ScaledTurn
 from bench.replay.traces import Turn
@@ -50,3 +53,61 @@ def test_filler_is_the_same_for_a_seed_and_unlike_for_another() -> None:
     assert len(scaled.filler(words, 50, "a").split()) == 50
     assert scaled.filler(words, 50, "a") == scaled.filler(words, 50, "a")
     assert scaled.filler(words, 50, "a") != scaled.filler(words, 50, "b")
+
+
+def seen(latency_s: float, prompt_tokens: int = 100, cached_tokens: int = 0) -> real.TurnSeen:
+    return real.TurnSeen(0, latency_s, latency_s / 2, prompt_tokens, cached_tokens, 10, True)
+
+
+def row(policy: str, latencies_s: list[float]) -> real.Row:
+    more = {"routing": "round_robin", "admission": "off", "patched": False, "makespan_s": 9.0}
+    loads = {"machine_load_before": (1.0, 0.0, 0.0), "machine_load_after": (2.0, 0.0, 0.0)}
+    found = real.figures([seen(latency_s) for latency_s in latencies_s])
+    return {"policy": policy, "holds": 0, "held_s": 0.0} | more | found | loads
+
+
+def test_session_time_is_the_sum_of_latencies_and_cached_tokens_are_weighed_by_length() -> None:
+    found = real.figures([seen(1.0, 100, 0), seen(3.0, 300, 200)])
+    assert (found["session_s"], found["p50_s"], found["cached_share"]) == (4.0, 2.0, 0.5)
+    assert (found["turns"], found["tool_calls"], found["first_token_p50_s"]) == (2, 2, 1.0)
+
+
+def test_each_policy_is_compared_with_stock_whatever_the_order() -> None:
+    rows = [row("cachewise", [1.0, 1.0]), row("stock", [2.0, 3.0])]
+    real.compare(rows)
+    assert [each["ratio"] for each in rows] == [2.5, 1.0]
+    alone = [row("cachewise", [1.0, 1.0])]
+    real.compare(alone)
+    assert "ratio" not in alone[0]
+    output = StringIO()
+    Console(file=output, width=200).print(real.table([*rows, *alone], "a load"))
+    assert "2 (2.50x)" in output.getvalue()
+    assert "1.0 → 2.0" in output.getvalue()
+
+
+def test_holds_are_counted_over_how_they_ended() -> None:
+    metrics = """\
+# TYPE cachewise_hold_seconds histogram
+cachewise_hold_seconds_bucket{hold_end="released",le="+Inf"} 3
+cachewise_hold_seconds_count{hold_end="released"} 3
+cachewise_hold_seconds_sum{hold_end="released"} 12.5
+cachewise_hold_seconds_count{hold_end="too_long"} 1
+cachewise_hold_seconds_sum{hold_end="too_long"} 2
+# TYPE cachewise_turns counter
+cachewise_turns_total 7
+"""
+    assert real._holds(metrics) == (4, 14.5)
+
+
+def test_a_tool_call_is_written_in_long_pieces_and_blanks_are_left_out() -> None:
+    vocabulary = {"<|im_end|>": 0, "c": 1, "command": 2, "Ġ": 3, "Ċ": 4, 'Ġ"': 5, "zebra": 6}
+    bias = real.Language.of(vocabulary).tool_call_bias
+    assert bias["2"] > bias["5"] > bias["1"] > 0 > bias["3"] == bias["4"]
+    assert "6" not in bias
+
+
+def test_only_the_patched_contender_starts_vllm_with_the_patch() -> None:
+    for patched in (False, True):
+        flags = real._pod_flags(3_200, patched)
+        assert ("--scheduler-cls" in flags, "--middleware" in flags) == (patched, patched)
+        assert flags[flags.index("--num-gpu-blocks-override") + 1] == "100"

@@ -42,7 +42,7 @@ ABLATIONS = {
     "no-hints": "patched vLLM behind session affinity, no hints",
     "paper-oracle": "paper with perfect forecasts",
 }
-REAL = ("stock", "unpatched", "cachewise")
+REAL = ("stock", "cachewise")
 WORKING_SETS = 2.5
 """What the sessions need, over what the pods' caches hold, with `--real`."""
 
@@ -60,7 +60,7 @@ def main(
     ] = None,
     sessions: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Sessions a pod; may be repeated. 30, --real: 8."),
+        typer.Option(min=1, help="Sessions a pod; may be repeated. 30, --real: 6."),
     ] = None,
     pods: Annotated[int | None, typer.Option(min=1, max=64, help="1, --real: 2.")] = None,
     seed: Annotated[list[int], typer.Option(help="May be repeated.")] = [1],  # noqa: B006
@@ -72,14 +72,14 @@ def main(
     ] = False,
     tokens_by: Annotated[float, typer.Option(min=1, help="--real: divides lengths.")] = 20.0,
     gaps_by: Annotated[float, typer.Option(min=1, help="--real: divides gaps.")] = 10.0,
-    turns: Annotated[int, typer.Option(min=2, help="--real: of a session, at most.")] = 8,
+    turns: Annotated[int, typer.Option(min=2, help="--real: of a session, at most.")] = 6,
 ) -> None:
     """Replay sessions under each policy."""
     trace = trace or [SAMPLE]
     if real:
         replay_real(
             trace,
-            (sessions or [8])[-1],
+            (sessions or [6])[-1],
             pods or 2,
             seed[-1],
             policy or list(REAL),

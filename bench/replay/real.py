@@ -33,12 +33,13 @@ SHAPE = tiny_model.Shape(hidden=384, layers=6, heads=6, kv_heads=2, intermediate
 """Of the model: a prompt of 2,500 tokens takes one core some seconds, an answer some tenths."""
 STEP_TOKENS = 512
 """vLLM's ``max_num_batched_tokens``: the replay's 2,048, scaled less than the prompts are."""
-ANSWER_LIMIT_TOKENS = 160
+ANSWER_LIMIT_TOKENS = 64
 TEXT_TOKENS = 24
 START_SPREAD_S = 0.05
 TURN_TIMEOUT_S = 900.0
 SETTLE_TIMEOUT_S = 30.0
 TOOL = "bash"
+TOOL_CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
 TOOL_CHOICE: Any = {"type": "function", "function": {"name": TOOL}}
 TOOLS: Any = [
     {
@@ -75,6 +76,28 @@ CONTENDERS = {
 
 
 @dataclass(frozen=True)
+class Language:
+    """What clients know of the model's tokens."""
+
+    words: list[str]
+    """Each one token long after a blank."""
+    tool_call_bias: dict[str, int]
+    """Logit biases that make a random model write a tool call in few tokens, under the grammar that
+    the tool choice puts on it: the longest piece that may come next, and no blanks at will."""
+
+    @classmethod
+    def of(cls, vocabulary: dict[str, int]) -> Language:
+        bias: dict[str, int] = {str(vocabulary["<|im_end|>"]): 90}
+        for token, number in vocabulary.items():
+            # As byte-level BPE writes blank, line feed, carriage return and tab.
+            if not token.strip("ĠĊčĉ"):
+                bias[str(number)] = -100
+            elif token.replace("Ġ", " ").replace("Ċ", "\n") in TOOL_CALL:
+                bias[str(number)] = min(80, 5 * len(token))
+        return cls(one_token_words(vocabulary), bias)
+
+
+@dataclass(frozen=True)
 class Load:
     """What all contenders are given."""
 
@@ -106,17 +129,17 @@ def run(load: Load, name: str, advance: Callable[[], None], say: Callable[[str],
     contender = CONTENDERS[name]
     with tempfile.TemporaryDirectory(prefix="cachewise-replay-") as directory:
         model = Path(directory) / "random-qwen2"
-        words = one_token_words(tiny_model.write_unweighted(model, SHAPE))
+        language = Language.of(tiny_model.write_unweighted(model, SHAPE))
         say(f"{name}: starting {load.pods} x vLLM")
         launch = vllm.Launch(_pod_flags(load.kv_tokens, contender.patched))
         with vllm.running_each(model, [launch] * load.pods) as started:
             for pod in started:
-                asyncio.run(_warm_up(pod.url, words))
+                asyncio.run(_warm_up(pod.url, language))
             with _gateway(started, Path(directory) / "gateway.log", contender) as url:
                 say(name)
                 load_before = os.getloadavg()
                 began = time.monotonic()
-                turns = asyncio.run(_clients(url, load.sessions, words, advance))
+                turns = asyncio.run(_clients(url, load.sessions, language, advance))
                 makespan_s = time.monotonic() - began
                 holds = _holds(httpx.get(f"{url}/metrics", trust_env=False).text)
     return (
@@ -171,21 +194,21 @@ def _client(url: str) -> openai.AsyncOpenAI:
     )
 
 
-async def _warm_up(url: str, words: Sequence[str]) -> None:
+async def _warm_up(url: str, language: Language) -> None:
     """One turn of each kind, so that nobody's first turn pays for what is compiled once."""
     async with _client(url) as client:
         for turn in (ScaledTurn(STEP_TOKENS, 0.0, True), ScaledTurn(STEP_TOKENS, 0.0, False)):
-            text = filler(words, turn.added_tokens, f"warm-up {turn.calls_tool}")
-            await _ask(client, -1, [{"role": "user", "content": text}], turn)
+            text = filler(language.words, turn.added_tokens, f"warm-up {turn.calls_tool}")
+            await _ask(client, -1, [{"role": "user", "content": text}], turn, language)
 
 
 async def _clients(
-    url: str, sessions: Sequence[ScaledSession], words: Sequence[str], advance: Callable[[], None]
+    url: str, sessions: Sequence[ScaledSession], language: Language, advance: Callable[[], None]
 ) -> list[TurnSeen]:
     seen: list[TurnSeen] = []
     async with _client(url) as client, asyncio.TaskGroup() as tasks:
         for number, session in enumerate(sessions):
-            tasks.create_task(_session(client, number, session, words, seen, advance))
+            tasks.create_task(_session(client, number, session, language, seen, advance))
     return seen
 
 
@@ -193,7 +216,7 @@ async def _session(
     client: openai.AsyncOpenAI,
     number: int,
     session: ScaledSession,
-    words: Sequence[str],
+    language: Language,
     seen: list[TurnSeen],
     advance: Callable[[], None],
 ) -> None:
@@ -202,27 +225,32 @@ async def _session(
     messages: list[Any] = []
     for i, turn in enumerate(session):
         await asyncio.sleep(turn.gap_s)
-        text = filler(words, turn.added_tokens, f"{number} {i}")
+        text = filler(language.words, turn.added_tokens, f"{number} {i}")
         calls = messages[-1].get("tool_calls") if messages else None
         messages.append(
             {"role": "tool", "tool_call_id": calls[0]["id"], "content": text}
             if calls
             else {"role": "user", "content": text}
         )
-        answer, turn_seen = await _ask(client, number, messages, turn)
+        answer, turn_seen = await _ask(client, number, messages, turn, language)
         messages.append(answer)
         seen.append(turn_seen)
         advance()
 
 
 async def _ask(
-    client: openai.AsyncOpenAI, number: int, messages: list[Any], turn: ScaledTurn
+    client: openai.AsyncOpenAI,
+    number: int,
+    messages: list[Any],
+    turn: ScaledTurn,
+    language: Language,
 ) -> tuple[dict[str, Any], TurnSeen]:
     began = time.monotonic()
     first_token_s = None
     text = ""
     call: dict[str, Any] | None = None
     usage: Any = None
+    cut_short = False
     stream = await client.chat.completions.create(
         model=vllm.MODEL,
         messages=messages,
@@ -231,6 +259,7 @@ async def _ask(
         parallel_tool_calls=False,
         max_tokens=ANSWER_LIMIT_TOKENS if turn.calls_tool else TEXT_TOKENS,
         temperature=0,
+        logit_bias=language.tool_call_bias if turn.calls_tool else {},
         stream=True,
         stream_options={"include_usage": True},
         extra_headers={"x-session-id": f"replayed-{number}"},
@@ -241,6 +270,7 @@ async def _ask(
             if first_token_s is None and (choice.delta.content or choice.delta.tool_calls):
                 first_token_s = time.monotonic() - began
             text += choice.delta.content or ""
+            cut_short = cut_short or choice.finish_reason == "length"
             for piece in choice.delta.tool_calls or ():
                 if piece.id:
                     call = {"id": piece.id, "type": "function"}
@@ -248,8 +278,8 @@ async def _ask(
                 if call is not None and piece.function is not None:
                     call["function"]["arguments"] += piece.function.arguments or ""
     latency_s = time.monotonic() - began
-    if usage is None or turn.calls_tool != (call is not None):
-        raise RuntimeError(f"session {number}: no tool call or no usage; the text: {text[:200]!r}")
+    if usage is None or turn.calls_tool != (call is not None) or (cut_short and turn.calls_tool):
+        raise RuntimeError(f"session {number}: not the answer asked for: {call or text[:200]!r}")
     answer: dict[str, Any] = {"role": "assistant", "content": text or None}
     if call is not None:
         answer["tool_calls"] = [call]

@@ -14,7 +14,7 @@ const ROUTED = {
   home: "its KV is there, and waiting for it costs less than computing it elsewhere",
   moved: "its KV is elsewhere, but waiting there would have cost more than computing the prompt here",
   shared_prefix: "another session has left the beginning of its prompt there",
-  least_loaded: "no pod has any of its prompt, and this one answers soonest",
+  hashed: "no pod has any of its prompt, and of those not crowded its hash points here",
   admitted: "the first pod that had room for it",
   policy: "the routing policy chose it",
   fallback: "routing failed, so it took the pod with the fewest turns",
