@@ -4,6 +4,7 @@
 # Without a pod it serves two embedded ones. What it installs stands, with hashes, in
 # requirements.lock; after a change of dependencies, make that anew:
 #   uv pip compile --python-version 3.12 --python-platform linux --extra kubernetes --extra otel \
+#       --extra redis --extra kv-events \
 #       --generate-hashes --no-header --no-annotate -o requirements.lock pyproject.toml
 ARG PYTHON_VERSION=3.12
 FROM python:${PYTHON_VERSION}-slim AS dependencies

@@ -217,11 +217,11 @@ CACHE = [
         "Where turns are sent",
         "Routing decisions a second by reason: `home` is where the session's KV is, `admitted`"
         " where a held session found a place.",
-        "`home` for nearly all; `least_loaded` for new sessions; few `moved`; no `fallback`.",
+        "`home` for nearly all; `hashed` for new sessions; few `moved`; no `fallback`.",
         "reqps",
         (rate("cachewise_route_decisions_total", GATEWAY, "reason"), "{{reason}}"),
         stacked=True,
-        colours={"home": "green", "moved": "orange", "fallback": "red", "least_loaded": "blue"},
+        colours={"home": "green", "moved": "orange", "fallback": "red", "hashed": "blue"},
     ),
 ]
 

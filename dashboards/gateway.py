@@ -36,7 +36,7 @@ def make() -> Dashboard:
         "cachewise-gateway",
         "CacheWise / Gateway",
         "CPU, memory, errors, event-loop lag and overhead of the gateways themselves.",
-        {"": NOW, "Overhead": OVERHEAD, "Process": PROCESS, "Errors": ERRORS},
+        {"": NOW, "Overhead": OVERHEAD, "Process": PROCESS, "Errors": ERRORS, "Replicas": REPLICAS},
     )
 
 
@@ -222,6 +222,46 @@ ERRORS = [
         "reqps",
         (rate("cachewise_discovery_failures_total", GATEWAY), "failures"),
         colours={"failures": "red"},
+        span=6,
+    ),
+]
+REPLICAS = [
+    graph(
+        "Replicas that hear of one another",
+        "Gateways that each one knows of through the store, itself included, and whether the store"
+        " answers. No data without a store.",
+        "as many as run, and 1.",
+        "short",
+        (f"min(cachewise_replicas{{{GATEWAY}}})", "replicas"),
+        (f"min(cachewise_store_up{{{GATEWAY}}})", "store answers"),
+        span=6,
+    ),
+    graph(
+        "Sessions looked for in the store",
+        "Lookups a second of sessions that a replica has not seen.",
+        "`hit` after a replica was lost, else `miss`; no `late`, no `failed`.",
+        "reqps",
+        (rate("cachewise_store_reads_total", GATEWAY, "read_result"), "{{read_result}}"),
+        stacked=True,
+        colours={"hit": "green", "miss": "blue", "late": "orange", "failed": "red"},
+        span=6,
+    ),
+    graph(
+        "Writes to the store",
+        "Writes a second, and news that was given up because the store was away too long.",
+        "a steady `ok`; nothing `failed`, nothing given up.",
+        "reqps",
+        (rate("cachewise_store_writes_total", GATEWAY, "result"), "{{result}}"),
+        (rate("cachewise_store_dropped_total", GATEWAY), "given up"),
+        colours={"ok": "green", "failed": "red", "given up": "orange"},
+        span=6,
+    ),
+    graph(
+        "Lessons shared",
+        "Gaps a second whose lessons were told to other replicas or taken from them.",
+        "both about as many as gaps end.",
+        "short",
+        (rate("cachewise_shared_gaps_total", GATEWAY, "direction"), "{{direction}}"),
         span=6,
     ),
 ]

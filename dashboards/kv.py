@@ -23,6 +23,7 @@ def make() -> Dashboard:
         " became of them, evictions and whether they were right.",
         {
             "Residency": RESIDENCY,
+            "KV events": EVENTS,
             "Admission": ADMISSION,
             "Hints": HINTS,
             "Eviction": EVICTION,
@@ -255,6 +256,27 @@ PATCH = [
     ),
 ]
 
+EVENTS = [
+    graph(
+        "Residency known, not believed",
+        "1 while the pod's KV events tell what its cache holds, 0 while it is believed. No data"
+        " without a subscription.",
+        "1.",
+        "short",
+        (f"min by (pod) (cachewise_pod_kv_events_live{{{GATEWAY}}})", "{{pod}}"),
+        top=1,
+        span=12,
+    ),
+    graph(
+        "Trouble with KV events",
+        "Events a second that were missed or of no use, by what came of it.",
+        "0; `replayed` does no harm.",
+        "short",
+        (rate("cachewise_pod_kv_events_troubles_total", GATEWAY, "trouble"), "{{trouble}}"),
+        stacked=True,
+        span=12,
+    ),
+]
 ENGINES = [
     graph(
         "Time in vLLM's queue, p90",

@@ -59,6 +59,7 @@ from gateway.idle import IdleKind
 from gateway.routing import Arrival, Decision, Policy, Reason, choose
 
 Mode = Literal["enforce", "observe", "off"]
+HoldReason = Literal["no_room", "after_a_due_turn", "no_pod"]
 Lane = Literal["agent", "aside"]
 
 RESERVE: Final = 0.6
@@ -165,6 +166,7 @@ class Place:
     own_tokens: int
     """Tokens beyond the shared prefixes."""
     charged_at: float
+    shared_tokens: int = field(init=False)
     running: int = 0
     idle_since: float = 0.0
     idle_kind: IdleKind | None = None
@@ -172,9 +174,12 @@ class Place:
     _rate: float = 0.0
     _recheck_at: float = -inf
 
+    def __post_init__(self) -> None:
+        self.shared_tokens = sum(tokens for _, tokens in self.links)
+
     @property
     def tokens(self) -> int:
-        return self.own_tokens + sum(tokens for _, tokens in self.links)
+        return self.own_tokens + self.shared_tokens
 
     def idles(self, now: float, kind: IdleKind | None, forecast: GapForecast | None) -> None:
         self.idle_since = now
@@ -238,6 +243,39 @@ class Ticket:
     """The caller's own."""
 
 
+@dataclass(slots=True, frozen=True)
+class Others:
+    """What other replicas of the gateway have on a pod, as far as they have told."""
+
+    kept_tokens: float = 0.0
+    """Of the budget, what is theirs or due to them."""
+    placed_tokens: int = 0
+    """Of their agents' places."""
+    aside_tokens: int = 0
+    held: int = 0
+    """Turns that they hold, for any pod."""
+
+    def without(self, tokens: int) -> Others:
+        """The same after one of their sessions has come over."""
+        return replace(
+            self,
+            kept_tokens=max(0.0, self.kept_tokens - tokens),
+            placed_tokens=max(0, self.placed_tokens - tokens),
+        )
+
+
+NOBODY: Final = Others()
+
+
+@dataclass(slots=True, frozen=True)
+class Lent:
+    """A place that another replica keeps for a session."""
+
+    replica: str
+    pod: str
+    tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Book:
     """The places of one pod."""
@@ -254,6 +292,7 @@ class Book:
     """Held turns whose live KV is here."""
     regret: float = 0.0
     """Share of the tokens that admitted sessions left here and did not find again."""
+    others: Others = NOBODY
     _tokens: dict[Lane, int] = field(default_factory=lambda: {"agent": 0, "aside": 0})
     _links: dict[int, list[int]] = field(default_factory=dict)
 
@@ -264,8 +303,14 @@ class Book:
 
     @property
     def budget_tokens(self) -> float:
-        share = self.reserve if len(self.waiting) > 1 else max(self.reserve, FREE_SHARE)
+        held = len(self.waiting) + self.others.held
+        share = self.reserve if held > 1 else max(self.reserve, FREE_SHARE)
         return share * self.capacity_tokens
+
+    @property
+    def room_tokens(self) -> float:
+        """Of the budget, what agents' places may still have; less than 0 if they have too much."""
+        return self.budget_tokens - self.others.kept_tokens - self.tokens
 
     @property
     def tokens(self) -> int:
@@ -304,7 +349,7 @@ class Book:
                 self._tokens["agent"] -= entry[1]
 
     def resize(self, place: Place, tokens: int) -> None:
-        own_tokens = max(0, tokens - sum(shared for _, shared in place.links))
+        own_tokens = max(0, tokens - place.shared_tokens)
         self._tokens[place.ask.lane] += own_tokens - place.own_tokens
         place.own_tokens = own_tokens
 
@@ -317,8 +362,10 @@ class Book:
         """Tokens by which a place for this turn would raise the sum."""
         arrival = ask.arrival
         tokens = arrival.prompt_tokens + ask.output_tokens
-        if arrival.heads and self._links:
-            tokens -= sum(n for link, n in arrival.steps if link in self._links)
+        if arrival.steps and self._links:
+            for link, added_tokens in arrival.steps:
+                if link in self._links:
+                    tokens -= added_tokens
         place = self.places.get(arrival.sid)
         if place is not None:
             tokens -= place.own_tokens
@@ -330,12 +377,13 @@ class Book:
         and may use what agents leave."""
         additional_tokens = self.additional_tokens(ask)
         if ask.lane == "agent":
-            return not self.places or additional_tokens <= self.budget_tokens - self.tokens
-        aside_tokens = self._tokens["aside"] + additional_tokens
+            alone = not self.places and not self.others.placed_tokens
+            return alone or additional_tokens <= self.room_tokens
+        aside_tokens = self._tokens["aside"] + self.others.aside_tokens + additional_tokens
         return (
             not self._tokens["aside"]
             or aside_tokens <= ASIDE_SHARE * self.capacity_tokens
-            or aside_tokens <= self.budget_tokens - self.tokens
+            or aside_tokens <= self.room_tokens
         )
 
     def wait_s(self, ahead: float) -> float:
@@ -367,6 +415,8 @@ class Admission:
         self.books: dict[str, Book] = {}
         self.saved_tokens = 0
         """``observe``: tokens lost to eviction that enforcing would have kept."""
+        self.lent: dict[str, Lent] = {}
+        """Places that other replicas keep, by session: a session brings its place along."""
         self._released = released
         self._places: dict[str, tuple[Book, Place]] = {}
         self._queues: dict[Lane, HoldQueue[Ticket]] = {
@@ -393,6 +443,13 @@ class Admission:
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
         return None if found is None else (found[0].pod, found[1])
+
+    def why_held(self, ticket: Ticket) -> HoldReason:
+        """Why a held turn waits: for room, behind one that is due, or for a pod to come back."""
+        book = self.books.get(ticket.decision.pod.name)
+        if book is None:
+            return "no_pod"
+        return "no_room" if book.claim in (None, ticket) else "after_a_due_turn"
 
     # -- a turn ----------------------------------------------------------------------------------
 
@@ -435,7 +492,8 @@ class Admission:
 
     def _fits(self, book: Book, ask: Ask) -> bool:
         if ask.lane == "agent":
-            if ask.arrival.sid in book.places:
+            lent = self.lent.get(ask.arrival.sid)
+            if ask.arrival.sid in book.places or (lent is not None and lent.pod == book.pod.name):
                 return True  # it has its place; growth is not held
             if book.claim is not None:
                 return False
@@ -521,6 +579,9 @@ class Admission:
         if found is not None and (found[0] is not book or ask.lane != found[1].ask.lane):
             self._drop(found[1], now)
             found = None
+        lent = self.lent.pop(sid, None)
+        if lent is not None and (held_for := self.books.get(lent.pod)) is not None:
+            held_for.others = held_for.others.without(lent.tokens)
         if found is None:
             links = ask.arrival.steps if ask.lane == "agent" else ()
             own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
@@ -696,7 +757,7 @@ class Admission:
             for rate, place in dispensable
             if rate < inf and book.places.get(place.sid) is place
         )
-        most_tokens = book.budget_tokens - book.tokens + spare
+        most_tokens = book.room_tokens + spare
         if most_tokens <= 0 and book.places:
             return
         if agents.least_tokens > most_tokens and book.places:
@@ -784,7 +845,7 @@ class Admission:
             return True
         if ask.lane == "aside":
             return False
-        needed = book.additional_tokens(ask) - (book.budget_tokens - book.tokens)
+        needed = book.additional_tokens(ask) - book.room_tokens
         victims = []
         for rate, place in dispensable:
             if needed <= 0:

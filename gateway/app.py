@@ -28,6 +28,7 @@ from gateway.embedded.scheduler import EngineConfig
 from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
+from gateway.inspector.endpoints import Inspector
 from gateway.logs import dropped_total
 from gateway.request import authenticate
 from gateway.turns import TurnEndpoint
@@ -72,6 +73,8 @@ def create_app(settings: Settings) -> App:
             await stack.enter_async_context(gateway.loop.hints)
             await stack.enter_async_context(gateway.fleet.watched())
             await stack.enter_async_context(gateway.foresight.kept())
+            if gateway.sharing is not None:
+                await stack.enter_async_context(gateway.sharing.running())
             await stack.enter_async_context(running(keep_house(gateway), "housekeeping"))
             await stack.enter_async_context(running(keep_time(gateway), "admission"))
             yield
@@ -80,6 +83,7 @@ def create_app(settings: Settings) -> App:
     turns = {dialect.path: TurnEndpoint(gateway, dialect) for dialect in DIALECTS}
     plain = Plain(gateway)
     api = Api(gateway)
+    inspector = Inspector(gateway)
     admin = "/v1/cachewise"
     app = App(
         lifespan=lifespan,
@@ -105,12 +109,14 @@ def create_app(settings: Settings) -> App:
                 admin_only(gateway, api.drain),
                 methods=["POST", "DELETE"],
             ),
+            *inspector.routes(),
         ],
         exception_handlers={404: not_found, 405: not_found},
     )
     app.gateway = gateway
     app.turns = turns
     app.state.gateway = gateway
+    app.state.inspector = inspector
     return app
 
 

@@ -76,10 +76,13 @@ def ask_for(
         Arrival(
             sid=session.sid,
             prompt_tokens=turn.prompt_tokens,
-            same_tokens=turn.same_tokens,
+            # Of a session that others have served nothing shows that it has changed.
+            same_tokens=turn.prompt_tokens if turn.resumed else turn.same_tokens,
             heads=turn.heads(HEAD_SEGMENTS),
-            home=session.pod,
+            home=None if turn.resumed else session.pod,
             relative=turn.forked_from,
+            affinity=session.affinity,
+            resumed=turn.resumed,
         ),
         request.model,
         tenant,

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, TypeAlias
+from typing import Annotated, Any, Final, NoReturn, TypeAlias, cast
 
 import typer
 import uvicorn
@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import gateway
 from engine_patch.command import launch_line
 from gateway import access, config, connect
+from gateway.abort import ABORT
 from gateway.analyze_command import analyze
 from gateway.config import ConfigError, Settings, Source
 from gateway.forecast_commands import app as forecast_app
@@ -271,6 +272,11 @@ class _Protocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         pass
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope = cast("dict[str, Any]", self.scope)
+        scope["extensions"] = {ABORT: self.transport.abort}
+
 
 class _Server(uvicorn.Server):
     """Tells the gateway first that it shuts down: held turns would keep it from doing so."""
@@ -334,6 +340,7 @@ def banner(settings: Settings, port: int) -> str:
             f"  pods     {fleet}",
             f"  listens  {reach}",
             f"  health   {url}/health   metrics  {url}/metrics",
+            f"  inspect  {url}/ui",
             "",
             "Point agents at it:",
             connect.brief(url, model, key),

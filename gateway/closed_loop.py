@@ -124,11 +124,28 @@ class ClosedLoop:
 
     # -- sessions, pods, time --------------------------------------------------------------------
 
+    def taken_over(self, sid: str, session: Session | None, began_at: float, now: float) -> None:
+        """Another replica of the gateway has begun a turn of the session: its gap is over and its
+        place here is free."""
+        self.waits.end(sid)
+        found = self.admission.place_of(sid)
+        if found is not None and not found[1].running:
+            self.admission.forget(sid, now)
+        if session is None or session.in_flight:
+            return
+        since = session.idle_since
+        gap_s = None if since is None else max(0.0, began_at - since)
+        session.idle_since = session.idle_kind = None
+        session.elsewhere = True
+        self.foresight.came_back(session, gap_s, {})
+
     def session_forgotten(self, session: Session) -> None:
         """The store has let go of it, in whatever turn's way: must not raise."""
         now = time.monotonic()
         try:
             self.waits.end(session.sid)
+            if session.elsewhere:
+                return  # others go on with it
             for pod in self.fleet:
                 pod.residency.drop(session.sid)
                 if pod.name == session.pod and session.idle_kind != "ended":

@@ -61,7 +61,9 @@ class Conductor:
         uncached_tokens = decision.prompt_tokens - decision.resident_tokens
         serving = pod.serving(uncached_tokens)
         prefill = serving.__enter__()
-        return Run(ticket, pod, pod.queued_prefill_tokens - uncached_tokens, now, serving, prefill)
+        pod.pass_time(now)
+        queued_tokens = pod.queued_prefill_tokens + round(pod.elsewhere_queued_tokens)
+        return Run(ticket, pod, queued_tokens - uncached_tokens, now, serving, prefill)
 
     def first_token(self, run: Run, now: float) -> None:
         """The answer begins: the turn's prefill is done."""
@@ -116,10 +118,7 @@ class Conductor:
             uncached_tokens = max(1, ended.prompt_tokens - known)
             pod.rate.learn(run.tokens_ahead + uncached_tokens, run.first_token_s)
         pod.residency.touch(arrival.sid, ended.prompt_tokens + ended.output_tokens, arrival.heads)
-        self._left[arrival.sid] = Left(ended.prompt_tokens, pod.name, epoch)
-        self._left.move_to_end(arrival.sid)
-        while len(self._left) > MAX_SESSIONS:
-            self._left.popitem(last=False)
+        self._leave(arrival.sid, Left(ended.prompt_tokens, pod.name, epoch))
         return losses
 
     def restarted(self, pod: Pod, now: float) -> None:
@@ -128,6 +127,16 @@ class Conductor:
         pod.residency.clear()
         self.admission.pod_restarted(pod.name, now)
 
+    def served_elsewhere(self, sid: str, pod: Pod, prompt_tokens: int) -> None:
+        """Another replica of the gateway has served a turn of the session there."""
+        self._leave(sid, Left(prompt_tokens, pod.name, self.epochs.get(pod.name, 0)))
+
+    def _leave(self, sid: str, left: Left) -> None:
+        self._left[sid] = left
+        self._left.move_to_end(sid)
+        while len(self._left) > MAX_SESSIONS:
+            self._left.popitem(last=False)
+
     def forget(self, sid: str, now: float) -> None:
         """The session is over."""
         self._left.pop(sid, None)
@@ -135,4 +144,6 @@ class Conductor:
 
     def arrive(self, ask: Ask, pods: Sequence[Pod], now: float) -> Ticket:
         """See `Admission.arrive`."""
+        for pod in pods:
+            pod.pass_time(now)
         return self.admission.arrive(ask, pods, now)

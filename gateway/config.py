@@ -40,8 +40,11 @@ from pydantic_settings import (
 )
 
 ENV_PREFIX: Final = "CACHEWISE_"
-#: `CACHEWISE_API_KEYS` is short for the full name of this setting.
-ENV_SHORT: Final = {"CACHEWISE_API_KEYS": "CACHEWISE_ACCESS__API_KEYS"}
+#: Short names of variables, and the full ones.
+ENV_SHORT: Final = {
+    "CACHEWISE_API_KEYS": "CACHEWISE_ACCESS__API_KEYS",
+    "CACHEWISE_REDIS_URL": "CACHEWISE_SHARING__REDIS_URL",
+}
 
 Path_: TypeAlias = tuple[str, ...]
 Source: TypeAlias = Literal["flag", "env", "file", "default"]
@@ -97,6 +100,29 @@ class PodSettings(_Model):
     dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
     """Data-parallel ranks behind the address: each is a pod of its own, asked for by
     `X-data-parallel-rank`."""
+    kv_events: str | None = Field(default=None, json_schema_extra=_allowed("tcp://HOST:PORT"))
+    """Where the pod publishes its KV events (`endpoint` of `--kv-events-config`): what its cache
+    holds is then known, not believed. Of rank n the port is higher by n."""
+    kv_events_replay: str | None = Field(
+        default=None, json_schema_extra=_allowed("tcp://HOST:PORT, with kv_events")
+    )
+    """Where it replays those that were missed (`replay_endpoint`)."""
+
+    @field_validator("kv_events", "kv_events_replay")
+    @classmethod
+    def _is_tcp(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if info.field_name == "kv_events_replay" and info.data.get("kv_events") is None:
+            raise ValueError("is set without kv_events")
+        try:
+            parts = urlsplit(value.strip())
+            usable = parts.scheme == "tcp" and parts.hostname and parts.port
+        except ValueError:
+            usable = False
+        if not usable or parts.path or parts.query or "@" in parts.netloc or "*" in parts.netloc:
+            raise ValueError("is not an endpoint of ZeroMQ")
+        return value.strip()
 
     @model_validator(mode="before")
     @classmethod
@@ -168,8 +194,24 @@ class DiscoverySettings(_Model):
     """How they are spoken to."""
     dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
     """Data-parallel ranks behind each address; see `dp_ranks` of a pod."""
+    kv_events_port: Annotated[int | None, Field(ge=1, le=65535)] = Field(
+        default=None, json_schema_extra=_allowed("a whole number from 1 to 65535")
+    )
+    """Port at which each of them publishes its KV events; see `kv_events` of a pod."""
+    kv_events_replay_port: Annotated[int | None, Field(ge=1, le=65535)] = Field(
+        default=None,
+        json_schema_extra=_allowed("a whole number from 1 to 65535, with kv_events_port"),
+    )
+    """Port at which each of them replays those that were missed."""
     interval_s: Seconds = 5.0
     """Time between two DNS look-ups."""
+
+    @field_validator("kv_events_replay_port")
+    @classmethod
+    def _beside_events(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("kv_events_port") is None:
+            raise ValueError("is set without discovery.kv_events_port")
+        return value
 
     @field_validator("dns_name", "service", "selector", "namespace")
     @classmethod
@@ -279,6 +321,52 @@ class SessionSettings(_Model):
     """Sessions remembered; the least recently used is forgotten first."""
     ttl_s: Seconds = 86_400.0
     """A session not seen for this long is forgotten."""
+
+
+class SharingSettings(_Model):
+    redis_url: SecretStr | None = Field(
+        default=None,
+        json_schema_extra=_allowed("redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://… (TLS)"),
+    )
+    """Redis or Valkey by which replicas of the gateway work as one (docs/replicas.md). Also set by
+    `CACHEWISE_REDIS_URL`."""
+    prefix: str = Field(
+        default="cachewise:",
+        json_schema_extra=_allowed("up to 64 letters, digits and . _ : { } -"),
+    )
+    """Begins every key there; gateways of one fleet have the same, those of another fleet
+    another."""
+    read_timeout_s: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.02, json_schema_extra=_allowed("a number > 0 and ≤ 1")
+    )
+    """Longest wait of a turn for what the store knows of a session that this replica does not
+    know."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.get_secret_value().strip())
+            usable = parts.hostname is not None and parts.port != 0
+        except ValueError:
+            usable = False
+        path = parts.path.strip("/") if usable else ""
+        if (
+            not usable
+            or parts.scheme not in ("redis", "rediss")
+            or not (path == "" or (path.isascii() and path.isdecimal()))
+        ):
+            raise ValueError("is not the address of a Redis")
+        return SecretStr(value.get_secret_value().strip())
+
+    @field_validator("prefix")
+    @classmethod
+    def _short(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.:{}-]{1,64}", value, re.ASCII):
+            raise ValueError("is not of that form")
+        return value
 
 
 class ForecastSettings(_Model):
@@ -499,7 +587,8 @@ class Settings(BaseSettings):
     pods: Annotated[tuple[PodSettings, ...], BeforeValidator(_split_list)] = Field(
         default=(),
         json_schema_extra=_allowed(
-            "URL[,URL…], or a list of URL or of url, name, api_key, dp_ranks"
+            "URL[,URL…], or a list of URL or of url, name, api_key, dp_ranks, kv_events,"
+            " kv_events_replay"
         ),
     )
     """The fleet; embedded pods if empty and none are discovered."""
@@ -512,6 +601,7 @@ class Settings(BaseSettings):
     relay: RelaySettings = RelaySettings()
     sessions: SessionSettings = SessionSettings()
     forecast: ForecastSettings = ForecastSettings()
+    sharing: SharingSettings = SharingSettings()
     probe: ProbeSettings = ProbeSettings()
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()
@@ -840,8 +930,9 @@ def reference() -> str:
         "```",
         "",
         "The key gives the variable: `relay.idle_timeout_s` is `CACHEWISE_RELAY__IDLE_TIMEOUT_S`.",
-        "`CACHEWISE_API_KEYS` is short for `CACHEWISE_ACCESS__API_KEYS`. Variables that Kubernetes",
-        "sets for a Service named `cachewise` are ignored.",
+        "`CACHEWISE_API_KEYS` is short for `CACHEWISE_ACCESS__API_KEYS`, `CACHEWISE_REDIS_URL` for",
+        "`CACHEWISE_SHARING__REDIS_URL`. Variables that Kubernetes sets for a Service named",
+        "`cachewise` are ignored.",
         "",
     ]
     section: Path_ | None = None

@@ -18,9 +18,13 @@ from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
+from gateway.turn_history import TurnHistory
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracer
+
+if TYPE_CHECKING:
+    from gateway.sharing.sharing import Sharing
 
 
 class Gateway:
@@ -36,19 +40,33 @@ class Gateway:
             pod_key.get_secret_value() if pod_key is not None else None,
             discovery(settings.discovery),
             settings.discovery.dp_ranks,
+            (settings.discovery.kv_events_port, settings.discovery.kv_events_replay_port),
         )
+        if settings.discovery.kv_events_port or any(pod.kv_events for pod in settings.pods):
+            import gateway.fleet.kv_events  # noqa: F401 (raises `ConfigError` where it cannot be)
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
         self.tracer = _tracer(settings.tracing, self.metrics)
         self.foresight = Foresight(settings.forecast, self.metrics)
         self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
+        self.sharing = self._sharing()
         self.trusted = frozenset(settings.hints.trusted_tenants)
         self.fleet.removed = self.pod_removed
+        self.fleet.events_troubled = self.metrics.kv_events_troubled
         self.aliases = dict(settings.models.aliases)
         self.draining = False
         self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+        self.history = TurnHistory(self.wall_minus_monotonic_s)
+
+    def _sharing(self) -> Sharing | None:
+        """Raises `ConfigError` if the store's client is not installed."""
+        if self.settings.sharing.redis_url is None:
+            return None
+        from gateway.sharing.sharing import Sharing
+
+        return Sharing(self.settings.sharing, self.fleet, self.sessions, self.loop, self.metrics)
 
     def pod_removed(self, pod: Pod) -> None:
         """Nothing is kept of a pod that has left the fleet."""

@@ -25,6 +25,7 @@ from prometheus_client.process_collector import ProcessCollector
 from engine_patch.hints import Status
 from gateway.admission import Admission
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.pod import Pod
 from gateway.hold import HoldEnd
 from gateway.losses import LOSS_CAUSES
 from gateway.prefix import BreakCause
@@ -35,8 +36,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 STAGES = (
-    *("session", "admission", "route", "observe", "forecast", "settle", "forget", "tick", "audit"),
-    "trace",
+    *("session", "admission", "route", "observe", "forecast", "settle", "history", "inspector"),
+    *("forget", "tick", "sharing", "audit", "trace"),
 )
 """Where a fault of the clever part is survived."""
 RETRY_REASONS = ("status_503", *(r for r in get_args(Reason) if r != "first_byte_timeout"))
@@ -316,6 +317,19 @@ class Metrics:
             ("pod",),
             registry=registry,
         )
+        self.pod_events_live = Gauge(
+            "cachewise_pod_kv_events_live",
+            "1 while the pod's KV events tell what its cache holds, 0 while it is believed; absent"
+            " without a subscription.",
+            ("pod",),
+            registry=registry,
+        )
+        self.pod_events_troubles = Counter(
+            "cachewise_pod_kv_events_troubles",
+            "KV events that were missed or of no use, by what came of it.",
+            ("pod", "trouble"),
+            registry=registry,
+        )
         self.discovery_failures = Counter(
             "cachewise_discovery_failures",
             "Times that discovery could not ask where the pods are.",
@@ -358,6 +372,47 @@ class Metrics:
             ("pod",),
             registry=registry,
         )
+        self.store_up = Gauge(
+            "cachewise_store_up",
+            "1 while the store that replicas share answers; absent where there is none.",
+            ("store",),
+            registry=registry,
+        )
+        self.store_reads = Family(
+            Counter(
+                "cachewise_store_reads",
+                "Sessions unknown here that were looked for in the store.",
+                ("read_result",),
+                registry=registry,
+            )
+        )
+        self.store_writes = Family(
+            Counter(
+                "cachewise_store_writes",
+                "Writes to the store, each of all that was to be told.",
+                ("result",),
+                registry=registry,
+            )
+        )
+        self.store_dropped = Counter(
+            "cachewise_store_dropped",
+            "News of turns that was not told to other replicas: the store was away too long.",
+            registry=registry,
+        )
+        self.shared_gaps = Family(
+            Counter(
+                "cachewise_shared_gaps",
+                "Gaps whose lessons were told to other replicas, or taken from them.",
+                ("direction",),
+                registry=registry,
+            )
+        )
+        self.replicas = Gauge(
+            "cachewise_replicas",
+            "Replicas of the gateway that this one hears of, itself included.",
+            registry=registry,
+        )
+        self.replicas.set(1)
         self.loop_lag = Gauge(
             "cachewise_event_loop_lag_seconds",
             "How late the event loop woke a timer last, at the worst of the last ten.",
@@ -386,6 +441,9 @@ class Metrics:
         for metric, values in words:
             for value in values:
                 (metric.metric if isinstance(metric, Family) else metric).labels(value)
+
+    def kv_events_troubled(self, pod: Pod, trouble: str) -> None:
+        self.pod_events_troubles.labels(pod.name, trouble).inc()
 
     def forget(self, pod: str) -> None:
         """Drop what is kept of a pod that has left."""
@@ -443,7 +501,9 @@ class Metrics:
             self.pod_in_flight.labels(pod.name).set(pod.in_flight)
             self.pod_queued.labels(pod.name).set(pod.queued_prefill_tokens)
             self.pod_rate.labels(pod.name).set(pod.rate.tokens_per_s)
-            self.pod_resident.labels(pod.name).set(pod.residency.total_tokens)
+            self.pod_resident.labels(pod.name).set(pod.residency.resident_tokens)
+            if pod.residency.ledger is not None:
+                self.pod_events_live.labels(pod.name).set(pod.residency.ledger.live)
             if pod.residency.capacity_tokens is not None:
                 self.pod_capacity.labels(pod.name).set(pod.residency.capacity_tokens)
             load = pod.probed.load if pod.probed is not None else None
@@ -476,16 +536,17 @@ LABELS = {
     "outcome": "`ok`, `pod_error` (the pod's own error, passed through), `gateway_error`,"
     " `broken_off` (the pod failed in the middle), `client_gone`, `cancelled`, `failed`",
     "pod": "the pod's name as configured",
-    "by": "what named the session: a header, a body field, `tool_call_id`, `prefix`, `new`",
+    "by": "what named the session: a header, a body field, `tool_call_id`, `prefix`, `store`"
+    " (what another replica knows), `new`",
     "idle_kind": "`tool`, `human`, `background`, `ended`",
     "cause": "`model`, `tools`, `system`, `compaction`, `edit`, `truncation`",
     "policy": "the routing policy",
-    "reason": "of a route: `only`, `home`, `moved`, `shared_prefix`, `least_loaded`, `policy`; see"
+    "reason": "of a route: `only`, `home`, `moved`, `shared_prefix`, `hashed`, `policy`; see"
     " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`. Of a"
     " retry: `refused`, `connect_timeout`, `disconnected`, `lost`, `failed`, `status_503`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
-    " `settle`, `forget`, `tick`, `audit` (what a fault had left in the books was found), `trace`"
-    " (a span is lost)",
+    " `settle`, `history`, `inspector`, `forget`, `tick`, `sharing`, `audit` (what a fault had left"
+    " in the books was found), `trace` (a span is lost)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"
@@ -499,6 +560,11 @@ LABELS = {
     "quantile": "`0.025`, `0.1`, `0.25`, `0.5`, `0.75`, `0.9`, `0.975`; calibrated, the share of"
     " gaps below is just this number",
     "result": "`ok`, `failed`",
+    "trouble": "`replayed` (a missed message was had in the end), `lost` (what was missed cannot be"
+    " had), `restarted` (another engine), `malformed`, `overflow` (more blocks than are kept)",
+    "store": "`redis`",
+    "direction": "`told`, `taken`",
+    "read_result": "`hit`, `miss`, `late` (no answer within `sharing.read_timeout_s`), `failed`",
     "state": "`running`, `idle`, `ended`",
 }
 

@@ -119,7 +119,50 @@ def advance(before: Prefix | None, request: TurnRequest) -> tuple[Prefix, Prefix
         same_bytes,
         size,
         lost_bytes=before.total_bytes - same_bytes,
-        cause=_cause(before, now, same) if comparable else "model",
+        cause=_cause(len(before), now, same) if comparable else "model",
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class Skeleton:
+    """What a replica of the gateway needs to know of a prefix that another one has seen.
+
+    ``joints`` are (segments, link after them, bytes up to there) of a few places, denser towards
+    both ends, so that of a prefix that broke most of what is the same is found. ``length`` counts
+    its segments.
+    """
+
+    seed: int
+    length: int
+    total_bytes: int
+    joints: tuple[tuple[int, int, int], ...]
+
+
+def skeleton_of(prefix: Prefix) -> Skeleton:
+    """O(log segments) joints."""
+    length = len(prefix)
+    steps = [1 << k for k in range(length.bit_length())]
+    places = {n for n in (*steps, *(length - step + 1 for step in steps)) if 0 < n <= length}
+    joints = tuple((n, prefix.chain[n - 1], prefix.end_bytes[n - 1]) for n in sorted(places))
+    return Skeleton(prefix.seed, length, prefix.total_bytes, joints)
+
+
+def since(before: Skeleton, now: Prefix) -> PrefixChange:
+    """How a request relates to the one before it, of which only the skeleton is known: as `advance`
+    says it, but of a break no more than the last joint before it. Pure."""
+    same = same_bytes = 0
+    for length, link, length_bytes in before.joints if before.seed == now.seed else ():
+        if length > len(now) or now.chain[length - 1] != link:
+            break
+        same, same_bytes = length, length_bytes
+    if same >= before.length:
+        return PrefixChange(same, same_bytes, now.total_bytes)
+    return PrefixChange(
+        same,
+        same_bytes,
+        now.total_bytes,
+        lost_bytes=before.total_bytes - same_bytes,
+        cause=_cause(before.length, now, same) if before.seed == now.seed else "model",
     )
 
 
@@ -147,7 +190,8 @@ def _grown(before: Prefix, now: Prefix, request: TurnRequest, last: int) -> int:
     return 0
 
 
-def _cause(before: Prefix, now: Prefix, same: int) -> BreakCause:
+def _cause(length: int, now: Prefix, same: int) -> BreakCause:
+    """Why a prefix of ``length`` segments broke after the first ``same``."""
     if same == 0:
         return "tools"
     if same == 1:
@@ -155,8 +199,8 @@ def _cause(before: Prefix, now: Prefix, same: int) -> BreakCause:
     if same == len(now):
         return "truncation"
     # A compaction replaces most of the history by a summary: far fewer segments than before.
-    few = max(HEAD_SEGMENTS + 4, len(before) // 2)
-    if len(now) <= few and len(now) < len(before) and same < len(before) // 2:
+    few = max(HEAD_SEGMENTS + 4, length // 2)
+    if len(now) <= few and len(now) < length and same < length // 2:
         return "compaction"
     return "edit"
 

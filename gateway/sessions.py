@@ -11,11 +11,13 @@ sessions, and take ``now``.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count, islice, takewhile
+from math import inf
 from secrets import token_hex
 
 from gateway.dialects.turn import ToolCall, TurnOutcome, TurnRequest, Usage
@@ -43,10 +45,13 @@ from gateway.prefix import (
     HEAD_SEGMENTS,
     Prefix,
     PrefixChange,
+    Skeleton,
     TailIndex,
     advance,
     raw_hashes,
     seed_of,
+    since,
+    xxh3,
 )
 from gateway.routing import Decision
 
@@ -85,6 +90,9 @@ class Session:
     created_at: float
     seen_at: float
     request_class: RequestClass
+    affinity: str
+    """What every replica of the gateway calls it when it chooses a pod: ``sid`` of a session that
+    its client names, else a digest of how it begins."""
     forked_from: str | None = None
     turns: int = 0
     in_flight: int = 0
@@ -117,6 +125,19 @@ class Session:
     """Of the gap it is in; None while a turn is in flight or where none could be made."""
     answer_tokens: float = 500.0
     """Length of its answers: a mean that forgets."""
+    elsewhere: bool = False
+    """Another replica of the gateway has served it last, and has said so."""
+    skeleton: Skeleton | None = None
+    """Of its latest request, where that was served by another replica."""
+    heard_at: float = -inf
+    """When another replica, or the store, last spoke of it."""
+    marks: tuple[bytes, ...] = ()
+    """Under what it was written to the store, where no request names it."""
+
+    @property
+    def named(self) -> bool:
+        """Whether its client names it, so that every replica calls it alike."""
+        return self.source != "new"
 
     @property
     def state(self) -> str:
@@ -127,9 +148,11 @@ class Session:
 
 @dataclass(slots=True)
 class Turn:
-    """A turn in flight. ``prompt_tokens`` and ``same_tokens`` are estimates from bytes."""
+    """A turn in flight. ``prompt_tokens`` and ``same_tokens`` are estimates from bytes; ``number``
+    counts the session's turns from 1."""
 
     session: Session
+    number: int
     request_class: RequestClass
     identified_by: str
     prefix: Prefix
@@ -141,6 +164,10 @@ class Turn:
     forked_from: tuple[str, int] | None
     """The chain (its sid) that this new one continues, and how many tokens they share."""
     started_at: float
+    resumed: bool = False
+    """Its history holds answers that did not pass here, nor is it known where they came from."""
+    came_over: bool = False
+    """Another replica of the gateway has served its session last, and has said so."""
 
     def heads(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Links of the prompt's prefix after the given segments and the tokens up to there."""
@@ -150,6 +177,18 @@ class Turn:
             for i in positions
             if i < len(prefix) and prefix.end_bytes[i] > 0
         ]
+
+
+@dataclass(slots=True, frozen=True)
+class Unknown:
+    """The session of a request that goes on with a conversation of which nothing, or nothing
+    recent, is known here: under what another replica may know it."""
+
+    scope: int
+    key: str | None
+    """Of a session that the request names."""
+    marks: tuple[str, ...]
+    """Of one that it does not name: what may tell it, the surest first."""
 
 
 class SessionStore:
@@ -194,20 +233,24 @@ class SessionStore:
     # -- a turn begins ---------------------------------------------------------------------------
 
     def begin(
-        self, headers: Headers, request: TurnRequest, tenant: str, scope: int, now: float
+        self,
+        headers: Headers,
+        request: TurnRequest,
+        tenant: str,
+        scope: int,
+        now: float,
+        recalled: str | None = None,
     ) -> Turn:
-        """Find or make the session of a request that just arrived, close its gap, count it in."""
-        named = named_by_headers(headers) or named_by_body(request)
-        if named is not None and self._distrust.get(_source(headers, named, scope), 0) >= 3:
-            named = None
-        request_class = classify(headers, request, named)
-        if named is not None and request_class in ("main", "subagent") and not request.has_tools:
-            known = self._sessions.get(f"{scope:x}:{named.chain}")
-            if known is not None and known.has_tools:
-                request_class = "auxiliary"
+        """Find or make the session of a request that just arrived, close its gap, count it in.
+        ``recalled`` is the key of the one that `look_up` asked for, if it was found."""
+        named, request_class = self._named(headers, request, scope)
         session, prefix, change, by, fork = self._resolve(
-            headers, request, named, request_class, tenant, scope, now
+            headers, request, named, request_class, tenant, scope, now, recalled
         )
+        came_over = session.elsewhere
+        resumed = fork is None and _answered_elsewhere(session, request, change)
+        session.elsewhere = False
+        session.skeleton = None
         gap = self._close_gap(session, request, request_class, now)
         self._note_background(session, request, change)
 
@@ -232,6 +275,7 @@ class SessionStore:
         self._make_room()
         return Turn(
             session=session,
+            number=session.turns,
             request_class=request_class,
             identified_by=by,
             prefix=prefix,
@@ -242,7 +286,55 @@ class SessionStore:
             gap=gap,
             forked_from=fork,
             started_at=now,
+            resumed=resumed,
+            came_over=came_over,
         )
+
+    def look_up(
+        self, headers: Headers, request: TurnRequest, scope: int, current_from: float
+    ) -> Unknown | None:
+        """What to ask other replicas for before `begin`; None if there is nothing to ask. What is
+        known of a session is current if it was seen, or heard of, after ``current_from``."""
+        if not _replied_after(request, HEAD_SEGMENTS):
+            return None
+        named, request_class = self._named(headers, request, scope)
+        aside = _is_aside(request, request_class)
+        if named is not None:
+            key = f"{scope:x}:{_chain(named, request_class, aside)}"
+            unknown = Unknown(scope, key, ())
+            known = self._sessions.get(key)
+        elif aside:
+            return None
+        else:
+            unknown = Unknown(scope, None, _marks(request, scope))
+            known = self._owner_of_calls(request, scope) or self._extended(request, scope)
+            if known is None:
+                known = self._continued(request, advance(None, request)[0], scope)
+        if known is not None and (
+            known.in_flight or max(known.seen_at, known.heard_at) >= current_from
+        ):
+            return None
+        return unknown
+
+    def take_in(self, session: Session) -> None:
+        """Remember a session that another replica has served."""
+        self._sessions[session.key] = session
+        self._by_sid[session.sid] = session.key
+        self._make_room()
+
+    def _named(
+        self, headers: Headers, request: TurnRequest, scope: int
+    ) -> tuple[Named | None, RequestClass]:
+        """What the request names as its session, as far as it is believed, and its class."""
+        named = named_by_headers(headers) or named_by_body(request)
+        if named is not None and self._distrust.get(_source(headers, named, scope), 0) >= 3:
+            named = None
+        request_class = classify(headers, request, named)
+        if named is not None and request_class in ("main", "subagent") and not request.has_tools:
+            known = self._sessions.get(f"{scope:x}:{named.chain}")
+            if known is not None and known.has_tools:
+                request_class = "auxiliary"
+        return named, request_class
 
     def _resolve(
         self,
@@ -253,21 +345,21 @@ class SessionStore:
         tenant: str,
         scope: int,
         now: float,
+        recalled: str | None,
     ) -> tuple[Session, Prefix, PrefixChange, str, tuple[str, int] | None]:
         """The session of a request, its prefix, how it was recognised, what it was forked from."""
-        aside = request_class == "auxiliary" or (
-            request_class == "compaction" and not request.has_tools
-        )
+        aside = _is_aside(request, request_class)
         source = "new"
         forked_from: Session | None = None
         if named is not None:
-            chain, group, parent = named.chain, named.group, named.parent
+            group, parent = named.group, named.parent
+            chain = _chain(named, request_class, aside)
             if aside:
-                chain, parent = f"{chain}#{request_class}", chain
+                parent = named.chain
             key, source = f"{scope:x}:{chain}", named.source
             known = self._sessions.get(key)
             if known is not None:
-                prefix, change = advance(known.prefix, request)
+                prefix, change = _advance(known, request)
                 self._distrust.pop(_source(headers, named, scope), None)
                 return known, prefix, change, named.source, None
             prefix, change = advance(None, request)
@@ -275,33 +367,35 @@ class SessionStore:
                 forked_from = self._continued(request, prefix, scope)
                 self._weigh_source(_source(headers, named, scope), named, forked_from)
         else:
+            owner = self._sessions.get(recalled) if recalled is not None else None
+            if owner is not None:
+                return owner, *_advance(owner, request), "store", None
             owner = self._owner_of_calls(request, scope)
             if owner is not None:
-                prefix, change = advance(owner.prefix, request)
-                return owner, prefix, change, "tool_call_id", None
+                return owner, *_advance(owner, request), "tool_call_id", None
             if not aside and (owner := self._extended(request, scope)) is not None:
-                prefix, change = advance(owner.prefix, request)
-                return owner, prefix, change, "prefix", None
+                return owner, *_advance(owner, request), "prefix", None
             prefix, change = advance(None, request)
             if not aside and (owner := self._continued(request, prefix, scope)) is not None:
-                prefix, change = advance(owner.prefix, request)
-                return owner, prefix, change, "prefix", None
+                return owner, *_advance(owner, request), "prefix", None
             chain = f"{self._unnamed}.{next(self._numbers)}"
             key, group, parent = f"{scope:x}:{chain}", chain, None
 
+        sid = sid_of(key)
         session = Session(
             key=key,
-            sid=_public(key),
+            sid=sid,
             tenant=tenant,
             scope=scope,
             source=source,
-            group=_public(f"{scope:x}:{group}"),
-            parent=_public(f"{scope:x}:{parent}") if parent else None,
+            group=sid_of(f"{scope:x}:{group}"),
+            parent=sid_of(f"{scope:x}:{parent}") if parent else None,
             client=client_kind(headers),
             model=request.model,
             created_at=now,
             seen_at=now,
             request_class=request_class,
+            affinity=sid if named is not None else _beginning(scope, request, prefix),
         )
         fork = None
         if forked_from is not None:
@@ -318,11 +412,9 @@ class SessionStore:
     def _owner_of_calls(self, request: TurnRequest, scope: int) -> Session | None:
         """The session that was issued the newest tool-call id found in the request, or whose
         response it continues."""
-        previous = request.ids.previous_response_id
-        if 0 < len(previous) <= 2 * MAX_ID_CHARS:
-            response_id = bytes(previous).decode(errors="replace").strip('"')
-            if (owner := self.of_response(scope, response_id)) is not None:
-                return owner
+        previous = _previous_response(request)
+        if previous and (owner := self.of_response(scope, previous)) is not None:
+            return owner
         for index in range(len(request.segments) - 1, 1, -1):
             item = request.item(index)
             for call_id in (*(r.call_id for r in item.results), *item.call_ids):
@@ -422,7 +514,8 @@ class SessionStore:
             finished = notified_calls(item) if item.role == "user" else None
             if finished is not None:
                 for call_id in finished:
-                    session.background.pop(call_id, None)
+                    if session.background.pop(call_id, None) is None:
+                        session.background.pop(_unnamed_call(session), None)
                 if not finished and session.background:
                     del session.background[next(iter(session.background))]
             elif item.role == "user" and item.text and not item.results:
@@ -532,7 +625,7 @@ class SessionStore:
         self.on_forget(session)
 
 
-def _public(key: str) -> str:
+def sid_of(key: str) -> str:
     """An opaque name for a key. Collision-proof, since pods tell sessions apart by it."""
     return blake2b(key.encode(), digest_size=16).hexdigest()
 
@@ -540,6 +633,82 @@ def _public(key: str) -> str:
 def _source(headers: Headers, named: Named, scope: int) -> str:
     """Who names sessions by this header or field."""
     return f"{scope:x}:{client_kind(headers)}:{named.source}"
+
+
+def _is_aside(request: TurnRequest, request_class: RequestClass) -> bool:
+    """Whether a request is kept apart from the chain that it names."""
+    return request_class == "auxiliary" or (request_class == "compaction" and not request.has_tools)
+
+
+def _chain(named: Named, request_class: RequestClass, aside: bool) -> str:
+    return f"{named.chain}#{request_class}" if aside else named.chain
+
+
+def _advance(session: Session, request: TurnRequest) -> tuple[Prefix, PrefixChange]:
+    prefix, change = advance(session.prefix, request)
+    if session.skeleton is not None:
+        change = since(session.skeleton, prefix)
+    return prefix, change
+
+
+MARKS_LOOKED_UP = 64
+
+
+def call_mark(scope: int, call_id: str) -> str:
+    return f"{scope:x}:call:{call_id}"
+
+
+def response_mark(scope: int, response_id: str) -> str:
+    return f"{scope:x}:response:{response_id}"
+
+
+def request_mark(scope: int, raw: bytes | memoryview | array[int], seed: int) -> str:
+    """Of a request's segments, by the hashes of their bytes."""
+    return f"{scope:x}:request:{xxh3(raw, seed):x}"
+
+
+def marks_of(session: Session) -> list[str]:
+    """What tells that a request goes on with a session that no request names."""
+    scope = session.scope
+    marks = [call_mark(scope, call_id) for call_id in session.calls]
+    marks += [f"{scope:x}:response:{place.partition(':')[2]}" for place in session.responses[-1:]]
+    if session.prefix is not None:
+        marks.append(request_mark(scope, session.prefix.raw, session.prefix.seed))
+    return marks
+
+
+def _marks(request: TurnRequest, scope: int) -> tuple[str, ...]:
+    """The marks by which another replica may know the session of a request, the surest first."""
+    marks: list[str] = []
+    if previous := _previous_response(request):
+        marks.append(response_mark(scope, previous))
+    for index in range(len(request.segments) - 1, 1, -1):
+        item = request.item(index)
+        ids = (*(r.call_id for r in item.results), *item.call_ids)
+        marks += (call_mark(scope, call_id) for call_id in ids if len(call_id) <= MAX_ID_CHARS)
+        if item.call_ids or len(marks) >= MARKS_LOOKED_UP:
+            break
+    if not marks:
+        raw = memoryview(raw_hashes(request))
+        first = max(HEAD_SEGMENTS, len(raw) - TailIndex.RAW_LOOKBACK)
+        seed = seed_of(request)
+        marks = [request_mark(scope, raw[:n], seed) for n in range(len(raw) - 1, first, -1)]
+    return tuple(dict.fromkeys(marks[:MARKS_LOOKED_UP]))
+
+
+def _previous_response(request: TurnRequest) -> str:
+    previous = request.ids.previous_response_id
+    if not 0 < len(previous) <= 2 * MAX_ID_CHARS:
+        return ""
+    return bytes(previous).decode(errors="replace").strip('"')
+
+
+UNNAMED_CALL = "?"
+"""Begins the id of a call left running that another replica relayed."""
+
+
+def _unnamed_call(session: Session) -> str:
+    return next((c for c in session.background if c.startswith(UNNAMED_CALL)), UNNAMED_CALL)
 
 
 def _leave_running(session: Session, call_id: str, planned: bool) -> None:
@@ -560,6 +729,26 @@ def _last_user_text(request: TurnRequest) -> str:
 def _user_spoke(request: TurnRequest, shared: int) -> bool:
     """Whether a person's words are among the first ``shared`` segments."""
     return any(request.item(i).role == "user" for i in range(2, shared))
+
+
+def _beginning(scope: int, request: TurnRequest, prefix: Prefix) -> str:
+    """A digest of all up to a conversation's first words of a person."""
+    for index in range(HEAD_SEGMENTS, len(prefix)):
+        if request.item(index).role == "user":
+            break
+    return f"{prefix.chain[index] ^ scope:x}"
+
+
+def _answered_elsewhere(session: Session, request: TurnRequest, change: PrefixChange) -> bool:
+    """Whether another replica of the gateway, which may not know what this one knows, has served
+    turns of the session since this one did (or ever): the request holds answers that were not given
+    here."""
+    if not session.turns:
+        return _replied_after(request, HEAD_SEGMENTS)
+    if session.heard_at > -inf:
+        return False  # they do know
+    new = (request.item(i).call_ids for i in range(change.same, len(request.segments)))
+    return any(call_id not in session.calls for ids in new for call_id in ids)
 
 
 def _replied_after(request: TurnRequest, shared: int) -> bool:

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -31,6 +31,7 @@ from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway, scope_of
 from gateway.hold import HeldTurn, HoldEnd, patience, queue_full
 from gateway.holds import Priority
+from gateway.losses import LossCause
 from gateway.relay import (
     Answer,
     BrokenOffError,
@@ -53,6 +54,7 @@ from gateway.request import (
 )
 from gateway.routing import Decision, choose
 from gateway.sessions import Turn
+from gateway.turn_history import held_for
 from gateway.turn_log import log_turn
 
 if TYPE_CHECKING:
@@ -106,6 +108,10 @@ class TurnFlow:
         self.attempts = 0
         self.held_s = 0.0
         self.first_byte_s: float | None = None
+        self.first_byte_at: float | None = None
+        self.hold: dict[str, Any] | None = None
+        """Why it was held."""
+        self.losses: dict[LossCause, int] = {}
         self.trace: TurnTrace | None = None
         """None unless tracing is on."""
 
@@ -161,20 +167,32 @@ class TurnFlow:
         if served != request.model:
             body = map_model(body, request.model, served)
             request.model = served
-        self.turn = self._begin(request, arrived_at)
+        recalled = await self._recall(request)
+        self.turn = self._begin(request, arrived_at, recalled)
+        gateway.history.begin(self)
         if self.trace is not None:
             self.trace.parsed(arrived_at, time.monotonic())
         async with Departure(self.receive):
             await self._relay(request, body)
 
-    def _begin(self, request: TurnRequest, now: float) -> Turn | None:
+    async def _recall(self, request: TurnRequest) -> str | None:
+        """Ask the other replicas for the session, where there are any and it is not known here."""
+        gateway = self.gateway
+        if gateway.sharing is None or len(request.segments) <= 2:
+            return None
+        assert self.tenant is not None
+        return await gateway.sharing.recall(
+            self.headers, request, self.tenant.name, scope_of(self.tenant)
+        )
+
+    def _begin(self, request: TurnRequest, now: float, recalled: str | None) -> Turn | None:
         gateway = self.gateway
         assert self.tenant is not None
         if len(request.segments) <= 2:
             return None  # not of its dialect's shape: the pod will say so
         try:
             turn = gateway.sessions.begin(
-                self.headers, request, self.tenant.name, scope_of(self.tenant), now
+                self.headers, request, self.tenant.name, scope_of(self.tenant), now, recalled
             )
         except Exception:
             self._degraded("session")
@@ -188,6 +206,8 @@ class TurnFlow:
             metrics.prefix_lost_tokens.labels(turn.change.cause).inc(turn.lost_tokens)
         with self._survived("forecast"):
             gateway.loop.gap_ended(turn, self.headers)
+        if gateway.sharing is not None:
+            gateway.sharing.began(turn)
         return turn
 
     # -- to the pod and back ---------------------------------------------------------------------
@@ -315,6 +335,8 @@ class TurnFlow:
             held.began = True
         began_at = time.monotonic()
         end: HoldEnd = "failed"
+        with self._survived("history"):
+            self.hold = held_for(ticket, loop.admission)
         loop.waiting.add(ticket)
         try:
             await held.wait(
@@ -356,8 +378,8 @@ class TurnFlow:
             if run is None:
                 loop.admission.end(ticket, now)
                 return
-            losses = loop.conductor.end(run, now, ended)
-            for cause, tokens in losses.items():
+            self.losses = loop.conductor.end(run, now, ended)
+            for cause, tokens in self.losses.items():
                 self.gateway.metrics.lost_tokens[cause,].inc(tokens)
             if loop.admission.mode == "observe" and ticket.held_s > 0:
                 self._hold_ended("observed", ticket.held_s)
@@ -384,6 +406,7 @@ class TurnFlow:
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
         now = time.monotonic()
         self.first_byte_s = now - sent_at
+        self.first_byte_at = now
         if self.trace is not None:
             self.trace.first_byte(answer.status, now)
         self.gateway.metrics.first_byte[pod.name,].observe(now - self.started_at)
@@ -479,6 +502,8 @@ class TurnFlow:
                 elif self.told:
                     gateway.loop.gap_is_off(turn.session)
                 self._learn(turn, outcome)
+                if gateway.sharing is not None and ended is not None and self.ticket is not None:
+                    gateway.sharing.ended(turn, self.ticket, ended)
             except Exception:
                 self._degraded("settle")
         self._leave_pod(ended)
@@ -486,6 +511,8 @@ class TurnFlow:
         client = turn.session.client if turn is not None else "other"
         gateway.metrics.turns[wire, client, self.outcome].inc()
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
+        with self._survived("history"):
+            gateway.history.end(self, now, outcome)
         log_turn(self, now, outcome)
         if self.trace is not None:
             self.trace.end(self, outcome, now)

@@ -20,7 +20,9 @@ from gateway.admission import (
     Admission,
     Ask,
     Ended,
+    Lent,
     Mode,
+    Others,
     QueueFull,
     Ticket,
 )
@@ -116,6 +118,46 @@ def test_a_turn_larger_than_the_budget_runs_alone() -> None:
     gateway = Gateway()
     assert not gateway.arrive(ask("giant", 2 * CAPACITY), 0).held
     assert gateway.arrive(ask("b", 10), 0).held
+
+
+def test_what_other_replicas_hold_or_are_due_is_not_given_away() -> None:
+    gateway = Gateway()
+    gateway.admission.take_in(gateway.pods, 0)
+    book = gateway.admission.books["a"]
+    book.others = Others(kept_tokens=50_000, placed_tokens=30_000)
+    assert gateway.arrive(ask("giant", 2 * CAPACITY), 0).held  # the pod is not empty
+    assert not gateway.arrive(ask("b", 25_000), 0).held
+    held = gateway.arrive(ask("c", 10_000), 0)
+    assert held.held
+    book.others = Others(kept_tokens=10_000, placed_tokens=10_000)
+    gateway.admission.pods_changed(1)
+    assert gateway.released == [held]
+
+
+def test_asides_of_all_replicas_have_one_share() -> None:
+    gateway = Gateway()
+    gateway.fill(tokens=37_000)
+    book = gateway.admission.books["a"]
+    book.others = Others(aside_tokens=int(ASIDE_SHARE * CAPACITY))
+    assert not gateway.arrive(ask("first", 1_000, aside=True), 0).held  # one always goes
+    assert gateway.arrive(ask("second", 1_000, aside=True), 0).held
+
+
+def test_a_session_brings_the_place_along_that_another_replica_keeps_for_it() -> None:
+    gateway = Gateway(pod("a"), pod("b"))
+    gateway.admission.take_in(gateway.pods, 0)
+    for book in gateway.admission.books.values():
+        book.others = Others(kept_tokens=70_000, placed_tokens=70_000)
+    gateway.admission.lent["s"] = Lent("other", "a", 30_000)
+    for target in gateway.pods:
+        target.residency.touch("s", 30_000, [])
+    ticket = gateway.arrive(ask("s", 32_000, home="a", same_tokens=30_000), 0)
+    assert not ticket.held
+    assert ticket.decision.pod.name == "a"
+    assert gateway.admission.lent == {}
+    assert gateway.admission.books["a"].others == Others(40_000, 40_000)
+    assert gateway.admission.books["b"].others == Others(70_000, 70_000)
+    assert gateway.arrive(ask("t", 30_000), 0).held
 
 
 def test_a_pod_of_unknown_capacity_admits_all() -> None:

@@ -212,6 +212,22 @@ def test_pods_come_from_a_variable_a_file_or_flags_alike(tmp_path: Path) -> None
             "list of URL or of url, name, api_key, dp_ranks (from CACHEWISE_PODS)",
         ),
         (
+            {"CACHEWISE_REDIS_URL": "redis:6379"},
+            "sharing.redis_url: the value (not shown) is not the address of a Redis; allowed: "
+            "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://… (TLS) (from "
+            "CACHEWISE_SHARING__REDIS_URL)",
+        ),
+        (
+            {"CACHEWISE_SHARING__READ_TIMEOUT_S": "2"},
+            "sharing.read_timeout_s: '2' is out of range; allowed: a number > 0 and ≤ 1 (from "
+            "CACHEWISE_SHARING__READ_TIMEOUT_S)",
+        ),
+        (
+            {"CACHEWISE_SHARING__PREFIX": "a b"},
+            "sharing.prefix: 'a b' is not of that form; allowed: up to 64 letters, digits and "
+            ". _ : { } - (from CACHEWISE_SHARING__PREFIX)",
+        ),
+        (
             {"CACHEWISE_RELAY": "5"},
             "relay: '5' is not a section; allowed: its keys connect_timeout_s, "
             "first_byte_timeout_s, idle_timeout_s, max_attempts, max_body_bytes "
@@ -302,6 +318,9 @@ def test_an_empty_file_and_an_empty_section_mean_defaults(tmp_path: Path) -> Non
         {"CACHEWISE_PODS": '[{"url": "http://a", "apikey": "hunter2"}]'},
         {"CACHEWISE_PODS": "http://user:hunter2@pod"},
         {"CACHEWISE_ADMIN_TOKEN": "hunter2"},
+        {"CACHEWISE_REDIS_URL": "http://:hunter2@redis"},
+        {"CACHEWISE_SHARING": "redis://:hunter2@redis"},
+        {"CACHEWISE_REDIS": "redis://:hunter2@redis"},
     ],
 )
 def test_no_error_line_shows_a_secret(env: dict[str, str]) -> None:

@@ -95,7 +95,8 @@ def test_the_lock_is_that_of_the_dependencies() -> None:
     locked = dict(re.findall(r"(?m)^([a-z0-9._-]+)==(\S+)", text))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["kubernetes"], *extras["otel"]]
+    image = ("kubernetes", "otel", "redis", "kv-events")
+    wanted = project["dependencies"] + [each for extra in image for each in extras[extra]]
     for requirement in map(Requirement, wanted):
         name = canonicalize_name(requirement.name)
         hint = f"{requirement}: make requirements.lock anew, as the Dockerfile says"

@@ -35,7 +35,7 @@ def test_counters_of_fixed_words_are_there_before_their_first_event() -> None:
 
 def test_every_stage_at_which_a_fault_is_survived_is_among_them() -> None:
     used: set[str] = set()
-    for file in GATEWAY.glob("*.py"):
+    for file in GATEWAY.rglob("*.py"):
         text = file.read_text()
         used |= set(re.findall(r'(?:degraded\.labels|_degraded|_survived)\("(\w+)"\)', text))
     assert used == set(metrics.STAGES)

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.fleet.ledger import Ledger
 from gateway.fleet.pod import Pod, PrefillRate
 from gateway.routing import (
+    BALANCE,
+    COMPANY,
+    FOLLOW_TOKENS,
     NEARLY_S,
     STAY_S,
     Arrival,
@@ -49,9 +53,11 @@ def arrival(
     home: str | None = None,
     relative: tuple[str, int] | None = None,
     sid: str = "me",
+    affinity: str = "",
+    resumed: bool = False,
 ) -> Arrival:
     same = prompt_tokens if same_tokens is None else same_tokens
-    return Arrival(sid, prompt_tokens, same, heads or [], home, relative)
+    return Arrival(sid, prompt_tokens, same, heads or [], home, relative, affinity, resumed)
 
 
 # -- the formula ----------------------------------------------------------------------------------
@@ -87,38 +93,126 @@ def test_a_session_leaves_home_only_for_a_gain(gain_s: float, moves: bool) -> No
     assert decision.pod.name == ("b" if moves else "a")
 
 
-@pytest.mark.parametrize("home", ["b", None])
-def test_a_session_without_kv_goes_to_the_least_loaded_pod(home: str | None) -> None:
-    pods = [pod("a", queued=3_000), pod("b", queued=2_000), pod("c", queued=1_000)]
-    decision = choose(pods, arrival(same_tokens=0, home=home))
-    assert (decision.pod.name, decision.reason) == ("c", "least_loaded")
+# -- sessions without a home ----------------------------------------------------------------------
 
 
-def test_a_new_session_goes_where_fewer_sessions_live() -> None:
+def hashed(sid: str, *pods: Pod) -> str:
+    """The pod that rendezvous hashing ranks first."""
+    return max(pods, key=lambda p: rendezvous(arrival(sid=sid), p)).name
+
+
+def test_a_new_session_goes_where_the_hash_sends_it_while_the_load_is_even() -> None:
+    for number in range(50):
+        pods = [pod("a", resident={"x": 10}, in_flight=1), pod("b"), pod("c", resident={"y": 9})]
+        decision = choose(pods, arrival(sid=f"s{number}", same_tokens=0))
+        assert decision.reason == "hashed"
+        assert decision.pod.name == hashed(f"s{number}", *pods)
+
+
+def test_a_session_whose_kv_is_gone_goes_home() -> None:
+    pods = [pod("a"), pod("b"), pod("c")]
+    for home in "abc":
+        decision = choose(pods, arrival(same_tokens=0, home=home))
+        assert (decision.pod.name, decision.reason) == (home, "hashed")
+
+
+@pytest.mark.parametrize("home", ["a", None])
+def test_a_pod_that_is_too_loaded_gets_no_new_session(home: str | None) -> None:
+    turns = 10
+    pods = [pod("a", in_flight=turns), pod("b"), pod("c")]
+    mean_with_it = (turns + 1) / 3
+    assert turns + 1 > (1 + BALANCE) * mean_with_it + COMPANY
+    for number in range(50):
+        decision = choose(pods, arrival(sid=f"s{number}", same_tokens=0, home=home))
+        assert decision.pod.name == hashed(f"s{number}", *pods[1:])
+
+
+def test_of_pods_that_are_all_loaded_the_least_loaded_is_free_to_take() -> None:
+    pods = [pod("a", queued=50_000), pod("b", queued=49_000)]
+    for number in range(20):
+        decision = choose(pods, arrival(sid=f"s{number}", same_tokens=0))
+        assert decision.pod.name == hashed(f"s{number}", *pods)
+
+
+def test_sessions_living_there_are_load() -> None:
     pods = [pod("a", resident={"x": 10, "y": 10}), pod("b", resident={"z": 10_000})]
     decision = choose(pods, arrival(same_tokens=0))
-    assert decision.pod.name == "b"
     assert [c.crowd_s for c in decision.candidates] == pytest.approx([2 * TURN_S, TURN_S])
 
 
+def test_a_resumed_session_is_worth_a_wait_where_its_kv_is() -> None:
+    sid = next(s for s in map(str, range(99)) if hashed(s, pod("a"), pod("b")) == "a")
+    for queued, stays in ((8_000, True), (120_000, False)):
+        pods = [pod("a", queued=queued), pod("b")]
+        new = choose(pods, arrival(20_000, 0, sid=sid))
+        resumed = choose(pods, arrival(20_000, 0, sid=sid, resumed=True))
+        assert new.pod.name == "b"
+        assert resumed.pod.name == ("a" if stays else "b")
+
+
+def test_a_resumed_session_is_sent_by_the_hash_whatever_this_replica_believes() -> None:
+    pods = [pod("a", resident={"me": 9_000}), pod("b", resident={"me": 9_000})]
+    for home in "ab":
+        decision = choose(pods, arrival(home=home, resumed=True))
+        assert decision.pod.name == hashed("me", *pods)
+
+
+def test_a_resumed_session_goes_where_most_of_it_is_known_to_be() -> None:
+    pods = [pod("a", resident={"me": 60_000}), pod("b", resident={"me": 1}), pod("c")]
+    for made, blocks in zip(pods, (100, 200, 0), strict=True):
+        made.residency.ledger = Ledger()
+        made.residency.ledger.live = True
+        made.residency.ledger.store("me", None, range(1, blocks + 1), 16)
+    decision = choose(pods, arrival(4_000, home="a", resumed=True))
+    assert (decision.pod.name, decision.reason, decision.resident_tokens) == ("b", "home", 3_200)
+    pods[1].residency.ledger.live = False  # type: ignore[union-attr]
+    assert choose(pods, arrival(4_000, home="a", resumed=True)).pod.name == "a"
+
+
+def test_what_is_believed_of_a_resumed_session_draws_it_nowhere() -> None:
+    for home in "ab":
+        pods = [pod("a"), pod("b")]
+        next(p for p in pods if p.name == home).residency.touch("me", 90_000, [])
+        turn = arrival(100_000, home=home, resumed=True)
+        assert choose(pods, turn).pod.name == hashed("me", *pods)
+
+
+def test_a_session_is_ranked_by_its_affinity() -> None:
+    pods = [pod("a"), pod("b"), pod("c")]
+    chosen = {
+        choose(pods, arrival(sid=f"s{n}", same_tokens=0, affinity="same")).pod.name
+        for n in range(30)
+    }
+    assert chosen == {hashed("same", *pods)}
+
+
 HEADS = [(33, 9_000), (22, 5_000), (11, 2_000)]
+LONG_HEADS = [(33, FOLLOW_TOKENS + 9_000), (22, FOLLOW_TOKENS), (11, FOLLOW_TOKENS - 16)]
 
 
-def test_a_shared_prefix_draws_a_new_session() -> None:
-    pods = [pod("a"), pod("b", resident={"x": 30_000}, heads={"x": HEADS[1:]})]
-    decision = choose(pods, arrival(same_tokens=0, heads=HEADS))
-    assert (decision.pod.name, decision.reason) == ("b", "shared_prefix")
-    assert decision.resident_tokens == 5_000
+@pytest.mark.parametrize("shorter", [0, 1])
+def test_only_a_long_shared_prefix_draws_a_new_session(shorter: int) -> None:
+    heads = LONG_HEADS[1 + shorter :]
+    for number in range(20):
+        pods = [pod("a"), pod("b", resident={"x": 60_000}, heads={"x": heads})]
+        turn = arrival(60_000, 0, LONG_HEADS, sid=f"s{number}")
+        decision = choose(pods, turn)
+        if shorter:
+            assert decision.reason == "hashed"
+            assert decision.pod.name == hashed(f"s{number}", *pods)
+        else:
+            assert (decision.pod.name, decision.resident_tokens) == ("b", FOLLOW_TOKENS)
+            assert decision.reason in ("shared_prefix", "hashed")
 
 
 def test_a_shared_prefix_does_not_pile_sessions_up() -> None:
     pods = [pod("a"), pod("b")]
     homes = []
-    for number in range(40):
-        decision = choose(pods, arrival(sid=f"s{number}", same_tokens=0, heads=HEADS))
-        decision.pod.residency.touch(f"s{number}", 10_000, HEADS)
+    for number in range(80):
+        decision = choose(pods, arrival(60_000, 0, LONG_HEADS, sid=f"s{number}"))
+        decision.pod.residency.touch(f"s{number}", 60_000, LONG_HEADS)
         homes.append(decision.pod.name)
-    assert homes[1] == homes[0]  # the prefix of 0.9 s is worth some company
+    assert homes[1] == homes[0]  # the prefix of 4 s is worth some company
     assert min(homes.count("a"), homes.count("b")) >= 15
 
 
@@ -138,7 +232,7 @@ def test_nothing_resident_is_more_than_the_prompt() -> None:
 def test_of_equal_pods_the_one_with_fewer_turns_in_flight() -> None:
     pods = [pod("a", in_flight=1, resident={"x": 1}), pod("b", resident={"x": 1, "me": 8_000})]
     pods[0].residency.touch("me", 8_000, [])
-    assert choose(pods, arrival()).pod.name == "b"
+    assert choose(pods, arrival(), "least_loaded").pod.name == "b"
 
 
 def test_a_single_pod_is_taken_as_it_is() -> None:
@@ -176,26 +270,47 @@ arrivals = st.builds(
     heads=st.sampled_from([[], HEADS]),
     home=st.none() | st.sampled_from("abcdef"),
     relative=st.none() | st.tuples(st.just("x"), tokens),
+    resumed=st.booleans(),
 )
 
 
 @given(fleets(), arrivals)
 @settings(max_examples=150, deadline=None)
-def test_the_winner_has_the_least_seconds_or_is_home(pods: list[Pod], turn: Arrival) -> None:
+def test_the_winner_has_the_least_seconds_or_is_home_or_hashed(
+    pods: list[Pod], turn: Arrival
+) -> None:
     decision = choose(pods, turn)
     totals = {c.pod.name: c.total_s for c in decision.candidates}
     least = min(totals.values())
-    slack = STAY_S + NEARLY_S if decision.reason == "home" else NEARLY_S
-    assert totals[decision.pod.name] <= least + slack + 1e-9
     assert [c.pod for c in decision.candidates] == pods
     for c in decision.candidates:
         assert 0 <= c.resident_tokens <= turn.prompt_tokens
         assert min(c.queue_s, c.prefill_s, c.crowd_s) >= 0
+    if decision.reason != "hashed":
+        slack = STAY_S + NEARLY_S if decision.reason == "home" else NEARLY_S
+        assert totals[decision.pod.name] <= least + slack + 1e-9
     if decision.reason == "home":
         assert decision.pod.name == turn.home
     if decision.reason == "moved":
         assert decision.pod.name != turn.home
         assert totals[str(turn.home)] > totals[decision.pod.name] + STAY_S
+
+
+@given(fleets(), st.lists(st.integers(0, 20), min_size=16, max_size=16), st.text(max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_replicas_with_other_loads_choose_alike_unless_the_pod_is_too_loaded_for_one(
+    pods: list[Pod], in_flight: list[int], sid: str
+) -> None:
+    turn = arrival(same_tokens=0, sid=sid)
+    elsewhere = [pod(p.name, in_flight=n) for p, n in zip(pods, in_flight, strict=False)]
+    first = hashed(sid, *pods)
+    for fleet in (pods, elsewhere):
+        chosen = choose(fleet, turn)
+        if chosen.pod.name != first:
+            loads = {c.pod.name: c.load_s for c in chosen.candidates}
+            mean_s = sum(loads.values()) / len(loads)
+            assert loads[first] > mean_s
+            assert loads[first] > loads[chosen.pod.name]
 
 
 @given(fleets(), arrivals, st.randoms(use_true_random=False))
@@ -264,8 +379,9 @@ def test_session_hash_does_not_look_at_load() -> None:
 
 
 def test_every_replica_ranks_the_pods_alike() -> None:
-    assert rendezvous("s", pod("a")) == rendezvous("s", pod("a", queued=5, in_flight=3))
-    assert rendezvous("s", pod("a")) != rendezvous("s", pod("b"))
+    turn = arrival(sid="s")
+    assert rendezvous(turn, pod("a")) == rendezvous(turn, pod("a", queued=5, in_flight=3))
+    assert rendezvous(turn, pod("a")) != rendezvous(turn, pod("b"))
 
 
 # -- what a pod knows of itself -------------------------------------------------------------------

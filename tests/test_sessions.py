@@ -790,3 +790,63 @@ def test_a_session_is_small() -> None:
     numbers = (prefix.raw, prefix.chain, prefix.end_bytes)
     assert sum(array.buffer_info()[1] * array.itemsize for array in numbers) <= 20 * 210
     assert len(orjson.dumps(turn.session.last_user_text)) <= 210
+
+
+# -- several replicas of the gateway ---------------------------------------------------------------
+
+
+def history(turns: int, first: str = "mend it") -> list[dict[str, Any]]:
+    """A conversation of so many answered turns, each with a call ``<first>-<n>``."""
+    messages = [system(), user(first)]
+    for n in range(turns):
+        messages += [answer("", f"{first}-{n}"), result(f"{first}-{n}")]
+    return messages
+
+
+def test_replicas_call_a_named_session_alike() -> None:
+    turns = [begin(store(), chat(user("hi")), x_session_id="s") for _ in range(2)]
+    (one, other) = (turn.session for turn in turns)
+    assert one.sid == other.sid == one.affinity == other.affinity
+
+
+def test_replicas_call_an_unnamed_session_alike_whichever_turn_they_see_first() -> None:
+    turns = [begin(store(), chat(*history(n))) for n in range(4)]
+    assert len({turn.session.affinity for turn in turns}) == 1
+    assert len({turn.session.sid for turn in turns}) == 4
+    other_words = begin(store(), chat(*history(1, "break it")))
+    other_scope = begin(store(), chat(*history(1)), scope=SCOPE + 1)
+    names = {t.session.affinity for t in (turns[0], other_words, other_scope)}
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("named", [{}, {"x_session_id": "s"}])
+def test_a_session_that_another_replica_has_served_is_resumed(named: dict[str, str]) -> None:
+    sessions = store()
+    assert not begin(store(), chat(*history(0)), **named).resumed
+    assert begin(sessions, chat(*history(3)), **named).resumed
+    assert not whole_turn(store(), chat(*history(0)), "mend it-0", **named).resumed
+
+
+def test_a_turn_served_elsewhere_in_between_is_noticed() -> None:
+    sessions = store()
+    for n in range(2):
+        assert not whole_turn(sessions, chat(*history(n)), f"mend it-{n}", x_session_id="s").resumed
+    assert whole_turn(sessions, chat(*history(3)), "mend it-3", x_session_id="s").resumed
+    assert not whole_turn(sessions, chat(*history(4)), x_session_id="s").resumed
+
+
+def test_a_turn_sent_again_or_broken_off_is_not_taken_for_one_served_elsewhere() -> None:
+    sessions = store()
+    whole_turn(sessions, chat(*history(0)), "mend it-0", x_session_id="s")
+    for _ in range(2):
+        turn = begin(sessions, chat(*history(1)), x_session_id="s")
+        assert not turn.resumed
+        sessions.end(turn, None, 0)
+
+
+def test_a_fork_is_not_resumed() -> None:
+    sessions = store()
+    whole_turn(sessions, chat(*history(1)), "mend it-1", x_session_id="s")
+    fork = begin(sessions, chat(*history(2)), x_session_id="t")
+    assert fork.forked_from is not None
+    assert not fork.resumed

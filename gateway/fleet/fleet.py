@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal
+from urllib.parse import urlsplit
 
 import httpx
 
 from gateway.config import PodSettings, ProbeSettings
 from gateway.fleet.discovery import Discovery, Found
+from gateway.fleet.ledger import Ledger
 from gateway.fleet.pod import Pod
 from gateway.fleet.probe import ProbeResult, probe
 
@@ -29,7 +31,8 @@ Event = Literal["ready", "lost", "restarted", "capacity", "draining"]
 class Fleet:
     """The pods by name. `watched` keeps their state fresh while it is entered.
 
-    Discovered pods have ``ranks`` engines each.
+    Discovered pods have ``ranks`` engines each, and publish and replay their KV events at
+    ``events_ports``.
     """
 
     def __init__(
@@ -39,11 +42,13 @@ class Fleet:
         pod_api_key: str | None = None,
         discovery: Discovery | None = None,
         ranks: int = 1,
+        events_ports: tuple[int | None, int | None] = (None, None),
     ) -> None:
         self.settings = settings
         self.pod_api_key = pod_api_key
         self.discovery = discovery
         self.ranks = ranks
+        self.events_ports = events_ports
         self.pods: dict[str, Pod] = {}
         self._found: dict[str, Found] = {}
         """What discovery said of the pods that it brought, by their names here."""
@@ -53,6 +58,9 @@ class Fleet:
         """Of these, the names that it drains."""
         self._watchers: dict[Pod, asyncio.Task[None]] = {}
         self._start_watcher: Callable[[Pod], asyncio.Task[None]] | None = None
+        self._followers: dict[Pod, asyncio.Task[None]] = {}
+        self.events_troubled: Callable[[Pod, str], None] = lambda pod, trouble: None
+        """Called when KV events of a pod were missed, or cannot be used."""
         self.changed: Callable[[Pod, Event], None] = lambda pod, event: None
         """Called after a pod's state has changed."""
         self.removed: Callable[[Pod], None] = lambda pod: None
@@ -66,12 +74,34 @@ class Fleet:
         name = pod.name or pod.url.partition("://")[2]
         key = pod.api_key.get_secret_value() if pod.api_key is not None else self.pod_api_key
         for one, rank in _by_rank(name, pod.dp_ranks):
-            self._enter(Pod(name=one, url=pod.url, api_key=key, rank=rank))
+            events = _events(pod.kv_events, pod.kv_events_replay, rank)
+            self._enter(Pod(name=one, url=pod.url, api_key=key, rank=rank, kv_events=events))
 
     def _enter(self, pod: Pod) -> None:
         self.pods[pod.name] = pod
         if self._start_watcher is not None:
             self._watchers[pod] = self._start_watcher(pod)
+            self._follow(pod)
+
+    def _follow(self, pod: Pod) -> None:
+        """Subscribe to the pod's KV events, if it publishes them."""
+        if pod.kv_events is None:
+            return
+        from gateway.fleet.kv_events import Subscription
+
+        ledger = pod.residency.ledger = Ledger()
+        subscription = Subscription(
+            pod.name, *pod.kv_events, ledger, lambda trouble: self.events_troubled(pod, trouble)
+        )
+        self._followers[pod] = asyncio.create_task(
+            subscription.run(), name=f"KV events of {pod.name}"
+        )
+
+    def _unfollow(self, pod: Pod) -> None:
+        follower = self._followers.pop(pod, None)
+        if follower is not None:
+            follower.cancel()
+        pod.residency.ledger = None
 
     def _remove(self, pod: Pod) -> None:
         if self.pods.get(pod.name) is pod:
@@ -82,6 +112,7 @@ class Fleet:
         watcher = self._watchers.pop(pod, None)
         if watcher is not None:
             watcher.cancel()
+        self._unfollow(pod)
         ready, pod.ready = pod.ready, False
         try:
             if ready:
@@ -110,17 +141,31 @@ class Fleet:
                     continue
                 logger.info("pod %s is found at %s", name, one.url)
                 pod = Pod(name=name, url=one.url, api_key=self.pod_api_key, rank=rank)
+                pod.kv_events = self._events_at(one.url, rank)
                 self._enter(pod)
             start = one.start or (before.start if before is not None else None)
             self._found[name] = replace(one, start=start)
             self._gone.discard(name)
-            pod.url = one.url
+            if pod.url != one.url:
+                self._unfollow(pod)
+                pod.url, pod.kv_events = one.url, self._events_at(one.url, rank)
+                if self._start_watcher is not None:
+                    self._follow(pod)
             self._withhold(pod, not one.serving)
             self._leave(pod, one.leaving)
         for name in [name for name in self._found if name not in named]:
             self._gone.add(name)
             self._leave(self.pods[name], True)
             self._retire(self.pods[name])
+
+    def _events_at(self, url: str, rank: int | None) -> tuple[str, str | None] | None:
+        port, replay_port = self.events_ports
+        host = urlsplit(url).netloc.rpartition("@")[2]
+        host = host[: host.rindex("]") + 1] if "]" in host else host.partition(":")[0]
+        if port is None:
+            return None
+        replay = f"tcp://{host}:{replay_port}" if replay_port is not None else None
+        return _events(f"tcp://{host}:{port}", replay, rank)
 
     def _retire(self, pod: Pod) -> None:
         """Remove the pod if it is gone and its last turn has ended."""
@@ -178,6 +223,8 @@ class Fleet:
 
                 self._start_watcher = start
                 self._watchers = {pod: start(pod) for pod in self.pods.values()}
+                for pod in self.pods.values():
+                    self._follow(pod)
                 discovering = tasks.create_task(self._discover(), name="discovery")
                 try:
                     yield
@@ -187,6 +234,10 @@ class Fleet:
                     for watcher in self._watchers.values():
                         watcher.cancel()
                     self._watchers = {}
+                    followers = list(self._followers.values())
+                    for pod in list(self._followers):
+                        self._unfollow(pod)
+                    await asyncio.gather(*followers, return_exceptions=True)
 
     async def _discover(self) -> None:
         while self.discovery is not None:
@@ -263,6 +314,20 @@ class Fleet:
 def _by_rank(name: str, ranks: int) -> list[tuple[str, int | None]]:
     """The names and ranks of the pods that an address stands for."""
     return [(name, None)] if ranks == 1 else [(f"{name}/{rank}", rank) for rank in range(ranks)]
+
+
+def _events(
+    endpoint: str | None, replay: str | None, rank: int | None
+) -> tuple[str, str | None] | None:
+    """The endpoints of one rank: vLLM raises the port by it."""
+
+    def of_rank(address: str) -> str:
+        host, _, port = address.rpartition(":")
+        return f"{host}:{int(port) + (rank or 0)}"
+
+    if endpoint is None:
+        return None
+    return of_rank(endpoint), of_rank(replay) if replay is not None else None
 
 
 def _is_another(before: Found, now: Found) -> bool:

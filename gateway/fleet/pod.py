@@ -53,6 +53,8 @@ class Pod:
     api_key: str | None = None
     rank: int | None = None
     """Data-parallel rank behind the address, where several engines share it."""
+    kv_events: tuple[str, str | None] | None = None
+    """Where it publishes what is in its KV cache, and where it replays that."""
     ready: bool = False
     draining: bool = False
     """It gets no new turns, and leaves the fleet when its last one has ended."""
@@ -65,6 +67,11 @@ class Pod:
     failures: int = 0
     in_flight: int = 0
     queued_prefill_tokens: int = 0
+    elsewhere_in_flight: int = 0
+    elsewhere_queued_tokens: float = 0.0
+    """The same of other replicas of the gateway, as far as they have told."""
+    elsewhere_at: float = 0.0
+    """As of when."""
     rate: PrefillRate = field(default_factory=PrefillRate)
     residency: Residency = field(default_factory=Residency)
 
@@ -86,6 +93,19 @@ class Pod:
             and self.probed is not None
             and (self.probed.capabilities.kv_hints)
         )
+
+    def heard(self, in_flight: int, queued_tokens: float, now: float) -> None:
+        """Other replicas have told what they have here."""
+        self.elsewhere_in_flight = in_flight
+        self.elsewhere_queued_tokens = queued_tokens
+        self.elsewhere_at = now
+
+    def pass_time(self, now: float) -> None:
+        """What others had queued when they told of it is being prefilled meanwhile."""
+        if self.elsewhere_queued_tokens:
+            done = max(0.0, now - self.elsewhere_at) * self.rate.tokens_per_s
+            self.elsewhere_queued_tokens = max(0.0, self.elsewhere_queued_tokens - done)
+            self.elsewhere_at = now
 
     @contextmanager
     def serving(self, uncached_tokens: int) -> Iterator[Prefill]:

@@ -1,14 +1,18 @@
-"""What the gateway believes to be in a pod's KV cache.
+"""What the gateway believes to be in a pod's KV cache, or knows where the pod tells.
 
 A model of vLLM's prefix cache at the grain of chains: an LRU list of (chain, tokens) whose sum
 never exceeds the cache. A turn served moves its chain to the young end with all its tokens; what
 does not fit is cut from the oldest chains, tail first, as vLLM frees a sequence's blocks. The
-belief is corrected by every response that says how many tokens were cached.
+belief is corrected by every response that says how many tokens were cached. Of a chain that the
+pod's KV events tell of, their ledger is asked instead.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import ItemsView
+
+from gateway.fleet.ledger import Ledger
 
 MAX_HEADS = 4096
 MAX_CHAINS = 65_536
@@ -26,15 +30,34 @@ class Residency:
         """Of the capacity, what sessions can count on: lowered when a pod held less than believed
         (running requests and traffic of others take their part), raised slowly when it held all."""
         self.total_tokens = 0
+        self.ledger: Ledger | None = None
+        """Kept by the pod's KV events, where it publishes them."""
         self._tokens: OrderedDict[str, int] = OrderedDict()
         self._heads: OrderedDict[int, str] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._tokens)
 
+    def chains(self) -> ItemsView[str, int]:
+        """Chains and their tokens, the oldest first."""
+        return self._tokens.items()
+
     def tokens(self, sid: str) -> int:
-        """Tokens of the chain's prefix believed to be in the cache."""
+        """Tokens of the chain's prefix known, or else believed, to be in the cache."""
+        if self.ledger is not None and (known := self.ledger.tokens(sid)) is not None:
+            return known
         return self._tokens.get(sid, 0)
+
+    def knows(self, sid: str) -> bool:
+        """Whether what `tokens` says of the chain is known."""
+        return self.ledger is not None and self.ledger.tokens(sid) is not None
+
+    @property
+    def resident_tokens(self) -> int:
+        """Of all chains."""
+        if self.ledger is not None and self.ledger.live:
+            return self.ledger.total_tokens
+        return self.total_tokens
 
     def shared_tokens(self, heads: list[tuple[int, int]]) -> int:
         """The longest beginning that another chain left here. ``heads`` are (prefix link, its
@@ -42,7 +65,7 @@ class Residency:
         far as its owner is."""
         for link, length_tokens in heads:
             owner = self._heads.get(link)
-            if owner is not None and (resident := self._tokens.get(owner, 0)):
+            if owner is not None and (resident := self.tokens(owner)):
                 return min(length_tokens, resident)
         return 0
 
@@ -69,6 +92,11 @@ class Residency:
 
     def drop(self, sid: str) -> None:
         """The chain is gone, or was found not to be there."""
+        self._cut(sid)
+        if self.ledger is not None:
+            self.ledger.forget(sid)
+
+    def _cut(self, sid: str) -> None:
         self.total_tokens -= self._tokens.pop(sid, 0)
 
     def set_capacity(self, capacity_tokens: int | None) -> None:
@@ -83,7 +111,7 @@ class Residency:
 
     def _trim(self) -> None:
         while len(self._tokens) > MAX_CHAINS:
-            self.drop(next(iter(self._tokens)))
+            self._cut(next(iter(self._tokens)))
         if self.capacity_tokens is None:
             return
         room_tokens = int(self.capacity_tokens * self.usable_share)
@@ -94,4 +122,4 @@ class Residency:
                 self._tokens[sid] = tokens - surplus
                 self.total_tokens -= surplus
             else:
-                self.drop(sid)
+                self._cut(sid)

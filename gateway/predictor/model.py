@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind
 from gateway.predictor.correction import Correction
+from gateway.predictor.delta import BETTER, GAPS, HEAD, LOG_SQUARES, LOGS, Delta, faded
 from gateway.predictor.features import CallWords, features_of
 from gateway.predictor.forecast import Forecast
 from gateway.predictor.grid import BINS, EDGES, bin_of, log_s
@@ -55,8 +56,8 @@ SHARED_MEMORY: Final = 1_000.0
 TENANT_MEMORY: Final = 300.0
 SESSION_MEMORY: Final = 30.0
 """Gaps after which a node has forgotten half to two thirds of what it knew (its weight's limit)."""
-_KEEP_SHARED: Final = 1 - 1 / SHARED_MEMORY
-_KEEP_TENANT: Final = 1 - 1 / TENANT_MEMORY
+KEEP_SHARED: Final = 1 - 1 / SHARED_MEMORY
+KEEP_TENANT: Final = 1 - 1 / TENANT_MEMORY
 _KEEP_SESSION: Final = 1 - 1 / SESSION_MEMORY
 
 _SHRINK: Final = (1.0, 5.0, 5.0, 5.0, 5.0)
@@ -154,8 +155,11 @@ class Overhead:
     seen: int = 0
 
     def add(self, seconds: float) -> None:
-        self.seen = min(self.seen + 1, 100)
-        self.log_s += (log_s(seconds) - self.log_s) / self.seen
+        self.add_many(log_s(seconds), 1)
+
+    def add_many(self, mean_log_s: float, times: int) -> None:
+        self.seen = min(self.seen + times, 100)
+        self.log_s += (mean_log_s - self.log_s) * min(1.0, times / self.seen)
 
     @property
     def seconds(self) -> float:
@@ -181,6 +185,8 @@ class Predictor:
     observed_total: int = 0
     learn_shared: bool = True
     keep_features: bool = False
+    delta: Delta | None = None
+    """Where what is learned is noted for other replicas of the gateway."""
 
     # -- forecasting -----------------------------------------------------------------------------
 
@@ -355,6 +361,8 @@ class Predictor:
             return
         forecast.basis = None  # a gap teaches once
         self.observed_total += 1
+        if self.delta is not None:
+            self.delta.gaps += 1
         kind = ""
         if basis.calls:
             lead = max(basis.calls, key=_level)
@@ -363,6 +371,8 @@ class Predictor:
             ((basis.idle_kind, kind), (basis.idle_kind, "")) if kind else ((basis.idle_kind, ""),)
         ):
             self.returns.setdefault(key, Returns()).add(returned)
+            if self.delta is not None:
+                self.delta.returned(key, returned)
         if not returned:
             self._censored(basis, forecast, gap_s)
             return
@@ -371,12 +381,17 @@ class Predictor:
             return
         if self.learn_shared:
             place = kind + "+" if len(basis.calls) > 1 else kind
-            self.warps.setdefault(place, Warp()).add(forecast.stated(gap_s))
+            stated = forecast.stated(gap_s)
+            self.warps.setdefault(place, Warp()).add(stated)
+            if self.delta is not None:
+                self.delta.reached(place, stated)
         if durations_s is not None:
             known = [d for d in durations_s if d is not None]
             more_s = gap_s - max(known, default=gap_s)
             if 0 < more_s <= ASKED_S and len(known) == len(basis.calls):
                 self.overheads.setdefault(basis.context.client, Overhead()).add(more_s)
+                if self.delta is not None:
+                    self.delta.overhead(basis.context.client, log_s(more_s))
             for call, duration in zip(basis.calls, durations_s, strict=False):
                 if call is lead and more_s > ASKED_S:
                     self._learn(call, basis.context, log_s(gap_s))
@@ -394,15 +409,55 @@ class Predictor:
         if self.learn_shared:
             rows = [table.touch(key) for key in keys[:SHARED_LEVELS]]
             for row in rows[:-1]:
-                table.add(row, _KEEP_SHARED, log_gap, bin_)
-            table.add(rows[-1], _KEEP_TENANT, log_gap, bin_)
+                table.add(row, KEEP_SHARED, log_gap, bin_)
+            table.add(rows[-1], KEEP_TENANT, log_gap, bin_)
             better = _gain(call, bin_)
             for row in (rows[0], rows[3]):
-                place = row * WIDTH + TRUST
-                trust = table.flat[place] * _TRUST_MEMORY + better
-                table.flat[place] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
+                self.trust(row * WIDTH + TRUST, better, 1)
+            if self.delta is not None:
+                self.delta.gap(keys[:SHARED_LEVELS], log_gap, bin_, better)
         for key in keys[SHARED_LEVELS:]:
             table.add_session(table.touch(key), _KEEP_SESSION, log_gap, bin_, surprise, slow)
+
+    def trust(self, place: int, better: float, gaps: float) -> None:
+        """Let a moving sum in the table go on over so many gaps, ``better`` in all."""
+        flat = self.table.flat
+        kept = _TRUST_MEMORY**gaps
+        trust = flat[place] * kept + better * (1 - kept) / ((1 - _TRUST_MEMORY) * gaps)
+        flat[place] = max(-_TRUST_LIMIT, min(_TRUST_LIMIT, trust))
+
+    def learn_from(self, delta: Delta) -> None:
+        """Learn what another replica of the gateway has learned, as if its gaps had been seen
+        here."""
+        table = self.table
+        for key, row in delta.nodes.items():
+            n = float(row[GAPS])
+            if n <= 0:
+                continue
+            place = table.touch(key)
+            table.normalise(place)
+            node = table.data[place]
+            kept, gain = faded(KEEP_TENANT if key[0] == "tenant" else KEEP_SHARED, n)
+            node[N:] *= np.float32(kept)
+            node[N] += n * gain
+            node[SUM] += row[LOGS] * gain
+            node[SQUARES] += row[LOG_SQUARES] * gain
+            node[STATS:] += row[HEAD:] * np.float32(gain)
+            if key[0] in ("kind", "sub"):
+                self.trust(place * WIDTH + TRUST, float(row[BETTER]), n)
+        for pair, (returned, gone) in delta.returns.items():
+            known = self.returns.setdefault(pair, Returns())
+            kept, gain = faded(KEEP_SHARED, returned + gone)
+            known.returned = known.returned * kept + returned * gain
+            known.gone = known.gone * kept + gone * gain
+        for name, counts in delta.warps.items():
+            warp = self.warps.setdefault(name, Warp())
+            warp.counts = [a + b for a, b in zip(warp.counts, counts, strict=True)]
+            warp.refresh()
+        for name, (n, logs) in delta.overheads.items():
+            if n > 0:
+                self.overheads.setdefault(name, Overhead()).add_many(logs / n, round(n))
+        self.observed_total += delta.gaps
 
     def _count(self, keys: Sequence[Hashable], log_gap: float) -> None:
         masses = np.zeros(BINS, np.float32)
@@ -434,8 +489,10 @@ class Predictor:
             own = not isinstance(key, tuple)
             if not own and not self.learn_shared:
                 continue
+            if not own and self.delta is not None:
+                self.delta.masses(key, masses, log_gap)
             row = table.touch(key)
-            keep = _KEEP_SESSION if own else _KEEP_SHARED
+            keep = _KEEP_SESSION if own else KEEP_SHARED
             table.normalise(row)
             node = table.data[row]
             node[N:] *= np.float32(keep)

@@ -101,7 +101,11 @@ def read(path: Path, max_nodes: int = MAX_NODES) -> Predictor:
     """The predictor a file holds. Raises `FileNotFoundError`, `OSError` and `StateError`."""
     if path.stat().st_size > MAX_FILE_BYTES:
         raise StateError("it is far larger than any state")
-    data = path.read_bytes()
+    return parse(path.read_bytes(), max_nodes)
+
+
+def parse(data: bytes, max_nodes: int = MAX_NODES) -> Predictor:
+    """The predictor that a snapshot's bytes hold. Raises `StateError`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             header = orjson.loads(arrays["header"].tobytes())

@@ -35,9 +35,13 @@ class Warp:
         self.curve: Curve = ()
         self.refresh()
 
+    @staticmethod
+    def bin_of(reached: float) -> int:
+        return min(bisect_right(KNOTS, reached) - 1, BINS - 1)
+
     def add(self, reached: float) -> None:
         """A gap ended at this probability of its forecast, as stated before calibration."""
-        self.counts[min(bisect_right(KNOTS, reached) - 1, BINS - 1)] += 1.0
+        self.counts[self.bin_of(reached)] += 1.0
         self._new += 1
         if self._new >= _REFRESH:
             self._new = 0

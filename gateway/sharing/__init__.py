@@ -1,0 +1,1 @@
+"""What replicas of the gateway tell each other, through a Redis; `docs/replicas.md`."""

@@ -1,0 +1,160 @@
+"""Two real gateways, a real Redis, pods on real sockets: what a fleet of replicas must bear."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import aiohttp
+
+from gateway.embedded.fleet import EmbeddedFleet
+from gateway.embedded.scheduler import EngineConfig
+from tests.sharing.agents import Agent
+from tests.sharing.redis_server import RedisServer
+from tests.sharing.replica import Replica
+
+SESSIONS = 200
+GAP_S = 2.4
+SPEEDUP = 200.0
+WORDS = 8_000
+"""A prompt of 28,000 tokens, so that no queue, not even that of a machine which does other things
+too, is worth computing it elsewhere."""
+CACHE = EngineConfig(kv_capacity_tokens=8_000_000)
+STARTED_AT_ONCE = 8
+
+
+@dataclass
+class Load:
+    """Sessions that take turns for as long as they are let, each at the other replica than the
+    time before."""
+
+    replicas: list[Replica]
+    agents: list[Agent]
+    dead: set[str] = field(default_factory=set)
+    """Addresses that the load balancer has taken out."""
+    stopping: bool = False
+
+    @property
+    def turns(self) -> int:
+        return sum(len(agent.pods) for agent in self.agents)
+
+    @property
+    def failed(self) -> list[str]:
+        return [failure for agent in self.agents for failure in agent.failed]
+
+    async def start(self) -> None:
+        """The first turn of each session."""
+        at_once = asyncio.Semaphore(STARTED_AT_ONCE)
+
+        async def first(agent: Agent, number: int) -> None:
+            async with at_once:
+                await agent.turn(self.replicas[number % 2].url)
+
+        await asyncio.gather(*(first(agent, n) for n, agent in enumerate(self.agents)))
+
+    async def run(self, agent: Agent, number: int) -> None:
+        """Further turns."""
+        rng = random.Random(number)
+        await asyncio.sleep(rng.uniform(0, GAP_S))
+        while not self.stopping:
+            urls = [r.url for r in self.replicas if r.url not in self.dead]
+            number += 1
+            await agent.turn(urls[number % len(urls)])
+            await asyncio.sleep(rng.uniform(0.6, 1.4) * GAP_S)
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110 (conditions over plain state)
+                await asyncio.sleep(0.02)
+
+    async def shows(self, name: str, value: float) -> None:
+        """Until a metric of every replica that lives has this value."""
+        living = [r for r in self.replicas if r.url not in self.dead]
+        deadline = time.monotonic() + 15
+        for replica in living:
+            while (found := await asyncio.to_thread(replica.metric, name)) != value:
+                assert time.monotonic() < deadline, f"{name} is {found}"
+                await asyncio.sleep(0.2)
+
+    async def rounds(self, count: int) -> None:
+        """Until every session has taken so many more turns."""
+        goal = {agent.name: len(agent.pods) + count for agent in self.agents}
+        await self.until(lambda: all(len(a.pods) >= goal[a.name] for a in self.agents))
+
+    def moved(self) -> list[str]:
+        """Turns that ran on another pod than the one before, and why."""
+        return [
+            f"{agent.name}/{k} from {before['pod']}: {route}"
+            for agent in self.agents
+            for k, (before, route) in enumerate(pairwise(agent.routes), start=1)
+            if route["pod"] != before["pod"]
+        ]
+
+
+@asynccontextmanager
+async def under_load(folder: Path, redis: RedisServer | None) -> AsyncIterator[Load]:
+    async with (
+        EmbeddedFleet(pods=4, speedup=SPEEDUP, config=CACHE) as fleet,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+    ):
+        pods = [flag for url in fleet.urls for flag in ("--pod", url)]
+        env = {"CACHEWISE_REDIS_URL": redis.url} if redis is not None else {}
+        env["CACHEWISE_SHARING__READ_TIMEOUT_S"] = "0.2"  # two cores for all
+        replicas = [Replica(folder / f"gateway-{n}", *pods, **env) for n in range(2)]
+        try:
+            for replica in replicas:
+                await asyncio.to_thread(replica.wait_until_ready)
+            agents = [Agent(f"s{n}", n % 2 == 0, client, WORDS) for n in range(SESSIONS)]
+            load = Load(replicas, agents)
+            await load.start()
+            async with asyncio.TaskGroup() as tasks:
+                for number, agent in enumerate(agents):
+                    tasks.create_task(load.run(agent, number))
+                try:
+                    yield load
+                finally:
+                    load.stopping = True
+        finally:
+            for replica in replicas:
+                replica.kill()
+
+
+async def test_the_store_goes_and_comes_a_replica_dies_and_no_session_changes_its_pod(
+    tmp_path: Path, redis: RedisServer
+) -> None:
+    async with under_load(tmp_path, redis) as load:
+        doomed, other = load.replicas
+        await load.rounds(1)
+        await load.shows("cachewise_replicas", 2)
+        await load.shows("cachewise_store_up", 1)
+        found = [r.metric('cachewise_store_reads_total{read_result="hit"}') for r in load.replicas]
+        assert sum(found) > SESSIONS / 2
+
+        redis.kill()
+        await load.rounds(1)
+        await load.shows("cachewise_store_up", 0)
+        await load.shows("cachewise_replicas", 1)
+        assert load.failed == []
+
+        redis.start()
+        await load.shows("cachewise_store_up", 1)
+        await load.shows("cachewise_replicas", 2)
+        await load.rounds(1)
+        assert int(redis.cli("dbsize")) >= SESSIONS  # what they know is told again
+
+        assert load.failed == []
+        doomed.kill()
+        load.dead.add(doomed.url)
+        await load.rounds(2)
+        assert set(load.failed) <= {doomed.url}  # those that were in flight there
+        assert len(load.failed) < SESSIONS / 4
+        assert load.moved() == []
+        await load.shows("cachewise_replicas", 1)
+        assert other.metric("cachewise_degraded_total") == 0
+        assert "ERROR" not in other.log.read_text()
