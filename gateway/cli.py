@@ -24,6 +24,7 @@ from gateway.analyze_command import analyze
 from gateway.config import ConfigError, Settings, Source
 from gateway.forecast_commands import app as forecast_app
 from gateway.logs import logging_to
+from gateway.trace_commands import app as trace_app
 
 #: Longer than clients and load balancers keep an idle connection, so that the gateway never closes
 #: one that a request is just being sent on.
@@ -43,6 +44,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(engine_app, name="engine")
 app.add_typer(keys_app, name="keys")
 app.add_typer(forecast_app, name="forecast")
+app.add_typer(trace_app, name="trace")
 
 Command: TypeAlias = Callable[[Settings, dict[str, Source]], None]
 Text: TypeAlias = str | None

@@ -12,6 +12,7 @@ prompts' lengths (`gateway.traces.session.Growing`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -82,6 +83,7 @@ class _Stream:
     turns: list[_Open] = field(default_factory=list)
     by_message: dict[str, _Open] = field(default_factory=dict)
     heard_at: float | None = None
+    begun_at: float = math.inf
     resumed: IdleKind | None = None
     compacted: bool = False
     results: dict[str, tuple[float, bool]] = field(default_factory=dict)
@@ -99,7 +101,6 @@ class Reader:
     def __init__(self) -> None:
         self._streams: dict[tuple[str, str], _Stream] = {}
         self._sent_at: dict[str, float] = {}
-        self._message_of: dict[str, tuple[str, str]] = {}
         self._agents: dict[str, tuple[str, str]] = {}
         self._child_of_call: dict[str, str] = {}
         self._side_roots: dict[str, str] = {}
@@ -118,6 +119,7 @@ class Reader:
         if kind not in ("user", "assistant", "system") or "forkedFrom" in record:
             return
         stream = self._stream(record)
+        stream.begun_at = min(stream.begun_at, _unix(record["timestamp"]))
         if kind == "system":
             stream.compacted |= record.get("subtype") == "compact_boundary"
         elif kind == "user":
@@ -127,6 +129,7 @@ class Reader:
 
     def sessions(self) -> list[Session]:
         """The sessions read, sub-agents after their parents."""
+        self._leave_out_copies()
         owner = {
             call_id: stream.name
             for stream in self._streams.values()
@@ -150,6 +153,15 @@ class Reader:
                 session.parent = owner.get(call_id, stream.session)
             found.append(session)
         return found
+
+    def _leave_out_copies(self) -> None:
+        """A message belongs to the conversation that began first: forks begin with copies."""
+        seen: set[str] = set()
+        for stream in sorted(self._streams.values(), key=lambda s: s.begun_at):
+            copies = seen & stream.by_message.keys()
+            seen |= stream.by_message.keys()
+            copied = {id(stream.by_message[name]) for name in copies}
+            stream.turns = [turn for turn in stream.turns if id(turn) not in copied]
 
     def _stream_of_agent(self, agent: str) -> _Stream | None:
         return next((s for (_, a), s in self._streams.items() if a == agent), None)
@@ -211,9 +223,6 @@ class Reader:
             return
         at = _unix(record["timestamp"])
         name = str(message["id"])
-        place = (stream.session, stream.agent)
-        if self._message_of.setdefault(name, place) != place:
-            return  # a copy in a conversation that was forked
         usage = _Usage.of(message["usage"])
         turn = stream.by_message.get(name)
         if turn is None:

