@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import orjson
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.embedded.fleet import EmbeddedFleet
@@ -60,6 +60,7 @@ def flow(sid: str, number: int, gateway: Any = None) -> Any:
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), max_size=120),
     st.integers(1, 6),
@@ -93,6 +94,7 @@ def test_a_fleet_of_a_hundred_pods_leaves_few_candidates_with_the_chosen_one_amo
     assert found["weighed"] == 100
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0.001, 1e5), min_size=1, max_size=32, unique=True).map(sorted),
     st.data(),
