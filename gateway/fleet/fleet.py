@@ -90,6 +90,7 @@ class Fleet:
         from gateway.fleet.kv_events import Subscription
 
         ledger = pod.residency.ledger = Ledger()
+        ledger.on_emptied = pod.residency.clear
         subscription = Subscription(
             pod.name, *pod.kv_events, ledger, lambda trouble: self.events_troubled(pod, trouble)
         )

@@ -161,10 +161,10 @@ class Subscription:
             return
         if number <= self._last:
             self._restarted()
-        if number > self._last + 1 and (self._last >= 0 or number > 0):
+        if number > self._last + 1:
             await self._catch_up()
         if number > self._last:
-            if number > self._last + 1 and self._last >= 0:
+            if number > self._last + 1:
                 self._lose()
             self._apply(number, payload)
         self._live = number
@@ -184,7 +184,7 @@ class Subscription:
                 if event.medium in _GPU and self._groups.get(event.group_idx, True):
                     self.ledger.remove([_number(block) for block in event.block_hashes])
             elif event.type == "AllBlocksCleared":
-                self.ledger.clear()
+                self.ledger.emptied()
 
     def _stored(self, event: Event) -> None:
         if event.medium not in _GPU:
@@ -241,8 +241,10 @@ class Subscription:
                             return "another"
                         continue
                     self._lose()  # what came between is forgotten there too
-                if self._last >= 0 and number != self._last + 1:
-                    return "torn"
+                if number != self._last + 1:
+                    if self._last >= 0:
+                        return "torn"
+                    self._lose()  # the beginning is forgotten there
                 self._apply(number, payload)
                 self._troubled("replayed")
         return "another" if first and known else "whole"
@@ -268,11 +270,12 @@ class Subscription:
     def _restarted(self) -> None:
         """Another engine speaks: its cache was empty when it began."""
         self._troubled("restarted")
-        self._lose(counted=False)
+        self.ledger.emptied()
+        self._last = self._live = -1
 
-    def _lose(self, counted: bool = True) -> None:
+    def _lose(self) -> None:
         """Nothing is known any more of what the cache holds."""
-        if counted and len(self.ledger):
+        if self.ledger.knows_any:
             self._troubled("lost")
         self.ledger.clear()
         self._last = self._live = -1

@@ -10,7 +10,7 @@ tip now.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 MAX_BLOCKS: Final = 2_000_000
@@ -30,6 +30,8 @@ class Ledger:
     def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
         self.max_blocks = max_blocks
         self.live = False
+        self.on_emptied: Callable[[], None] = lambda: None
+        """Called when the cache is empty."""
         self.block_tokens = 0
         self._parents: dict[int, int] = {}
         """Of each block in the cache."""
@@ -41,6 +43,10 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._parents)
+
+    @property
+    def knows_any(self) -> bool:
+        return bool(self._parents or self._sessions)
 
     @property
     def total_tokens(self) -> int:
@@ -130,8 +136,17 @@ class Ledger:
         self._leave_tip(sid)
         self._sessions.pop(sid, None)
 
+    def emptied(self) -> None:
+        """The pod has nothing in its cache any more."""
+        self._parents.clear()
+        self._copies.clear()
+        self._tips.clear()
+        for sid in self._sessions:
+            self._sessions[sid] = ROOT, 0
+        self.on_emptied()
+
     def clear(self) -> None:
-        """The cache is empty, or what is in it is not known any more."""
+        """What is in the cache is not known any more."""
         self._parents.clear()
         self._copies.clear()
         self._sessions.clear()
