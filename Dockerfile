@@ -3,8 +3,9 @@
 #   docker run -p 8080:8080 cachewise-gateway serve --pod http://my-vllm:8000
 # Without a pod it serves two embedded ones. What it installs stands, with hashes, in
 # requirements.lock; after a change of dependencies, make that anew:
-#   uv pip compile --python-version 3.12 --python-platform linux --extra kubernetes \
-#       --extra redis --extra kv-events --generate-hashes --no-header --no-annotate -o requirements.lock pyproject.toml
+#   uv pip compile --python-version 3.12 --python-platform linux --extra kubernetes --extra otel \
+#       --extra redis --extra kv-events \
+#       --generate-hashes --no-header --no-annotate -o requirements.lock pyproject.toml
 ARG PYTHON_VERSION=3.12
 FROM python:${PYTHON_VERSION}-slim AS dependencies
 WORKDIR /build

@@ -21,8 +21,8 @@ class Forecast:
 
     Args:
         survival: points `(t_s, p)`, `t_s` rising from 0 or later, `p` falling in [0, 1]; linear
-            between points, from `(0, 1)`. Beyond the last point `p` falls as 1/t, the heavy tail
-            of agents' gaps. No `p` counts as less than 1 %.
+            between points, from `(0, 1)`. Beyond the last point, and from where it reaches 1 %,
+            `p` falls as 1/t, the heavy tail of agents' gaps.
         p_return: P(the session ever returns), in [0, 1].
     """
 
@@ -33,6 +33,8 @@ class Forecast:
         self.p_return = p_return
         times_s, falls = [0.0], [1.0]
         for t, p in survival:
+            if falls[-1] <= _TAIL_FLOOR:
+                break  # what little is left is the tail's
             if t - times_s[-1] >= _RESOLUTION_S:
                 times_s.append(t)
                 falls.append(max(p, _TAIL_FLOOR))

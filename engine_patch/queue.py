@@ -326,7 +326,8 @@ class ReuseAwareFreeQueue:
         """Make `session` an owner of the cached ones of `blocks`, a chain from its first block.
 
         Call while the blocks are in use. From the end, to the first block that it owns already:
-        those before were adopted with it. O(new blocks), once for each turn.
+        those before were adopted with it. O(new blocks), once for each turn; while blocks of the
+        session are set aside the chain may have hit some of them, and all of it is looked at.
         """
         self._tracking = True
         runs = self._run
@@ -352,7 +353,9 @@ class ReuseAwareFreeQueue:
                 joined = self._join(group, session)
             assert joined is not None
             if joined is group:
-                break
+                if session.superseded is None:
+                    break
+                continue
             runs[block.block_id] = joined.held
             joined.size += 1
             group.size -= 1

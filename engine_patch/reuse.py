@@ -86,7 +86,8 @@ class Reuse:
     # --- the scheduler's events ---
 
     def before_step(self, waiting: MutableSequence[Any]) -> None:
-        """Set the time and, while any hint lives, put the waiting requests in order."""
+        """Set the time and, while any hint lives and the pool is short, put the waiting requests in
+        order."""
         now = self.queue.now = self.clock()
         if now >= self._tidy_at:
             self._tidy_at = now + _TIDY_S
@@ -101,11 +102,22 @@ class Reuse:
             or not hinted
             or not self.order.due(waiting, now)
             or self._steps % (1 + len(waiting) // _LONG_QUEUE)
+            or self._all_fit(waiting)
         ):
             return
         started = time.perf_counter()
         self.order.arrange(waiting, now, self._missing_blocks, self._evictions)
         self._ordering_s += time.perf_counter() - started
+
+    def _all_fit(self, waiting: Iterable[Request]) -> bool:
+        """Whether the pool holds all that wait beside all that run: then serving one costs another
+        no block, whatever the order, and it stays first come first served."""
+        room_tokens = self.queue.num_free_blocks * self.queue.tokens_per_block
+        for request in waiting:
+            room_tokens -= request.num_tokens
+            if room_tokens < 0:
+                return False
+        return True
 
     def after_step(self, request_ids: Iterable[str]) -> None:
         """Note who was admitted."""

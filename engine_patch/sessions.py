@@ -21,9 +21,9 @@ MAX_SESSIONS = 20_000
 # An open turn outranks every forecast (rates are reuses per second; the shortest gap counted is
 # one millisecond).
 OPEN_TURN_RATE = 1e6
-# A forecast outlived twice says nothing an age would not; at least this long, so that short
-# curves survive a slow tool, and at most a day.
-MIN_LAPSE_S = 600.0
+# A forecast outlived twice says nothing an age would not; at least this long, as blocks that age
+# alone speaks for are worth more again than a session long overdue, and at most a day.
+MIN_LAPSE_S = 3600.0
 MAX_LAPSE_S = 86_400.0
 
 

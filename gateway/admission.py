@@ -49,6 +49,7 @@ from gateway.holds import (
     PRIORITY_WEIGHT,
     Entry,
     HoldQueue,
+    Line,
     Priority,
     ShareClass,
     Shares,
@@ -58,6 +59,7 @@ from gateway.idle import IdleKind
 from gateway.routing import Arrival, Decision, Policy, Reason, choose
 
 Mode = Literal["enforce", "observe", "off"]
+HoldReason = Literal["no_room", "after_a_due_turn", "no_pod"]
 Lane = Literal["agent", "aside"]
 
 RESERVE: Final = 0.6
@@ -73,12 +75,12 @@ REGRET_LOW: Final = 0.01
 REGRET_HIGH: Final = 0.03
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
-STINT_S: Final = 300.0
-"""So long a session may keep its place, from turn to turn, while a due turn waits for one."""
-DUE_EVERY: Final = 6
-"""Of a pod's places, one in so many goes to the longest due turn."""
-DUE_PAUSE_S: Final = 30.0
-"""So does the next after a pause in which none was given."""
+SHED: Final = 0.95
+"""Of the capacity: beyond it, while turns are held, the places least worth keeping are given up, as
+sessions that grew would evict one another's KV."""
+STINT_S: Final = 600.0
+"""So long a session may keep its place, from turn to turn, while a due turn waits for one; and so
+long a turn's fair share of waiting is at most."""
 HORIZON_RANGE_S: Final = (5.0, 600.0)
 MEAN_STINT_S: Final = 300.0
 """How long a session keeps its place, assumed before any was seen."""
@@ -164,6 +166,7 @@ class Place:
     own_tokens: int
     """Tokens beyond the shared prefixes."""
     charged_at: float
+    shared_tokens: int = field(init=False)
     running: int = 0
     idle_since: float = 0.0
     idle_kind: IdleKind | None = None
@@ -171,9 +174,12 @@ class Place:
     _rate: float = 0.0
     _recheck_at: float = -inf
 
+    def __post_init__(self) -> None:
+        self.shared_tokens = sum(tokens for _, tokens in self.links)
+
     @property
     def tokens(self) -> int:
-        return self.own_tokens + sum(tokens for _, tokens in self.links)
+        return self.own_tokens + self.shared_tokens
 
     def idles(self, now: float, kind: IdleKind | None, forecast: GapForecast | None) -> None:
         self.idle_since = now
@@ -213,6 +219,8 @@ class Ticket:
     held_s: float = 0.0
     """How long it was held, once it is not any more."""
     due_at: float = inf
+    ordinal: int = 0
+    """See `Line`."""
     claim: str | None = None
     """The pod that takes no other turn before this one."""
     only: str | None = None
@@ -280,9 +288,6 @@ class Book:
     claim: Ticket | None = None
     stint_s: float = MEAN_STINT_S
     """How long sessions kept their places of late, while others waited."""
-    passed: int = 0
-    """Places given since a due turn got one."""
-    given_at: float = -inf
     homed: int = 0
     """Held turns whose live KV is here."""
     regret: float = 0.0
@@ -344,7 +349,7 @@ class Book:
                 self._tokens["agent"] -= entry[1]
 
     def resize(self, place: Place, tokens: int) -> None:
-        own_tokens = max(0, tokens - sum(shared for _, shared in place.links))
+        own_tokens = max(0, tokens - place.shared_tokens)
         self._tokens[place.ask.lane] += own_tokens - place.own_tokens
         place.own_tokens = own_tokens
 
@@ -357,8 +362,10 @@ class Book:
         """Tokens by which a place for this turn would raise the sum."""
         arrival = ask.arrival
         tokens = arrival.prompt_tokens + ask.output_tokens
-        if arrival.heads and self._links:
-            tokens -= sum(n for link, n in arrival.steps if link in self._links)
+        if arrival.steps and self._links:
+            for link, added_tokens in arrival.steps:
+                if link in self._links:
+                    tokens -= added_tokens
         place = self.places.get(arrival.sid)
         if place is not None:
             tokens -= place.own_tokens
@@ -378,10 +385,6 @@ class Book:
             or aside_tokens <= ASIDE_SHARE * self.capacity_tokens
             or aside_tokens <= self.room_tokens
         )
-
-    def owes_due(self, now: float) -> bool:
-        """Whether the next place is for the longest due turn."""
-        return self.passed >= DUE_EVERY - 1 or now - self.given_at >= DUE_PAUSE_S
 
     def wait_s(self, ahead: float) -> float:
         """How long a turn waits for a place behind ``ahead`` others, first come first served: the
@@ -420,6 +423,9 @@ class Admission:
             "agent": HoldQueue(),
             "aside": HoldQueue(),
         }
+        self._lines: dict[Lane, Line[Ticket]] = {
+            lane: Line(queue) for lane, queue in self._queues.items()
+        }
         self._shares = Shares()
         self._numbers = count()
         self._adapted_at = -inf
@@ -437,6 +443,13 @@ class Admission:
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
         return None if found is None else (found[0].pod, found[1])
+
+    def why_held(self, ticket: Ticket) -> HoldReason:
+        """Why a held turn waits: for room, behind one that is due, or for a pod to come back."""
+        book = self.books.get(ticket.decision.pod.name)
+        if book is None:
+            return "no_pod"
+        return "no_room" if book.claim in (None, ticket) else "after_a_due_turn"
 
     # -- a turn ----------------------------------------------------------------------------------
 
@@ -492,7 +505,7 @@ class Admission:
         ask = ticket.ask
         ahead = len(self._queues[ask.lane]) / len(pods)
         ticket.expected_wait_s = fmean(self.books[pod.name].wait_s(ahead) for pod in pods)
-        ticket.due_at = ticket.arrived_at + ticket.expected_wait_s + self.age_bound_s
+        ticket.due_at = ticket.arrived_at + STINT_S + self.age_bound_s
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
             ticket.only = book.pod.name
@@ -504,6 +517,7 @@ class Admission:
         if ticket.home is not None:
             ticket.home.homed += 1
         self._enqueue(ticket, book)
+        self._lines[ask.lane].join(ticket, ahead=ask.arrived_at is None)
         if ask.lane == "agent" and book.claim is None:
             dispensable = self._dispensable(book, now)
             if dispensable and self._make_room(book, ask, dispensable, False, now):
@@ -573,9 +587,6 @@ class Admission:
             own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
             place = Place(sid, ask, now, links, own_tokens, charged_at=now)
             book.put(place)
-            if ask.lane == "agent":
-                book.passed += 1
-                book.given_at = now
             self._places[sid] = (book, place)
         else:
             place = found[1]
@@ -617,6 +628,8 @@ class Admission:
             over = ended is not None and ended.idle_kind == "ended"
             if over or place.ask.lane == "aside":
                 self._drop(place, now)
+        if self.held_count:
+            self._shed(book, now)
         self._fill(book, now)
 
     def _regret(self, book: Book, ticket: Ticket, ended: Ended) -> None:
@@ -726,13 +739,12 @@ class Admission:
         if not agents:
             return
         dispensable = self._dispensable(book, now)
-        for ticket in agents.due(now) if book.owes_due(now) else ():
+        for ticket in agents.due(now):
             if not self._may_go(ticket, book, now):
                 continue
             if self._make_room(book, ticket.ask, dispensable, True, now):
                 self._release(ticket, book, now)
-                book.passed = 0
-                break
+                continue
             if ticket.claim is None and book.claim is None:
                 ticket.claim = book.pod.name
                 book.claim = ticket
@@ -761,6 +773,22 @@ class Admission:
             if self._make_room(book, ticket.ask, dispensable, False, now):
                 self._release(ticket, book, now)
                 looked_at = 0
+
+    def _shed(self, book: Book, now: float) -> None:
+        """Give up the idle places least worth keeping while those of the pod exceed its cache."""
+        excess_tokens = book.tokens - SHED * book.capacity_tokens
+        if excess_tokens <= 0:
+            return
+        idle = [
+            (place.reuse_rate(now), place.sid, place)
+            for place in book.places.values()
+            if not place.running and place.ask.lane == "agent"
+        ]
+        for _, _, place in sorted(idle):
+            if excess_tokens <= 0:
+                break
+            excess_tokens -= book.freed_tokens(place)
+            self._drop(place, now)
 
     def _missing_tokens(self, ticket: Ticket, pod: Pod) -> int:
         arrival = ticket.ask.arrival
@@ -838,6 +866,9 @@ class Admission:
         reason: Reason = "home" if book.pod.name == arrival.home else "admitted"
         self._unhold(ticket, now)
         self._admit(ticket, book, now)
+        for passed in self._lines[ticket.ask.lane].gave():
+            passed.due_at = min(passed.due_at, now + self.age_bound_s)
+            self._enqueue(passed, book)
         if self.mode == "enforce":
             ticket.decision = replace(decision, policy=self.policy, reason=reason)
             if ticket is not self._arriving:

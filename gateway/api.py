@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from gateway.access import Unauthorized
 from gateway.admission import Book
@@ -26,13 +27,13 @@ from gateway.sessions import Gap, Session
 
 MAX_SESSIONS_LISTED = 1000
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[ASGIApp]]
 
 
 def admin_only(gateway: Gateway, handler: Handler) -> Handler:
     """``handler``, for whoever presents the admin token (for everyone where none is set)."""
 
-    async def guarded(request: Request) -> Response:
+    async def guarded(request: Request) -> ASGIApp:
         try:
             gateway.access.admin(request.scope["headers"])
         except Unauthorized as error:
@@ -147,12 +148,10 @@ class Api:
         ticket = next((t for t in admission.held if t.ask.arrival.sid == sid), None)
         if ticket is None:
             return None
-        book = admission.books.get(ticket.decision.pod.name)
-        claimed = book is not None and book.claim not in (None, ticket)
         return {
             "since": self._time(ticket.arrived_at),
             "seconds": round(now - ticket.arrived_at, 3),
-            "reason": "no_pod" if book is None else "after_a_due_turn" if claimed else "no_room",
+            "reason": admission.why_held(ticket),
             "soonest_at": ticket.decision.pod.name,
             "tokens": ticket.ask.tokens,
             "expected_wait_seconds": round(ticket.expected_wait_s, 3),

@@ -28,6 +28,7 @@ from gateway.embedded.scheduler import EngineConfig
 from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
+from gateway.inspector.endpoints import Inspector
 from gateway.logs import dropped_total
 from gateway.request import authenticate
 from gateway.turns import TurnEndpoint
@@ -64,6 +65,8 @@ def create_app(settings: Settings) -> App:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if gateway.tracer is not None:
+                await stack.enter_async_context(gateway.tracer.running())
             if not settings.pods and settings.discovery.kind == "static":
                 await stack.enter_async_context(embedded_fleet(gateway))
             await stack.enter_async_context(gateway.relay)
@@ -80,6 +83,7 @@ def create_app(settings: Settings) -> App:
     turns = {dialect.path: TurnEndpoint(gateway, dialect) for dialect in DIALECTS}
     plain = Plain(gateway)
     api = Api(gateway)
+    inspector = Inspector(gateway)
     admin = "/v1/cachewise"
     app = App(
         lifespan=lifespan,
@@ -105,12 +109,14 @@ def create_app(settings: Settings) -> App:
                 admin_only(gateway, api.drain),
                 methods=["POST", "DELETE"],
             ),
+            *inspector.routes(),
         ],
         exception_handlers={404: not_found, 405: not_found},
     )
     app.gateway = gateway
     app.turns = turns
     app.state.gateway = gateway
+    app.state.inspector = inspector
     return app
 
 

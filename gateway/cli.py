@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, TypeAlias
+from typing import Annotated, Any, Final, NoReturn, TypeAlias, cast
 
 import typer
 import uvicorn
@@ -19,9 +19,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import gateway
 from engine_patch.command import launch_line
 from gateway import access, config, connect
+from gateway.abort import ABORT
+from gateway.analyze_command import analyze
 from gateway.config import ConfigError, Settings, Source
 from gateway.forecast_commands import app as forecast_app
 from gateway.logs import logging_to
+from gateway.trace_commands import app as trace_app
 
 #: Longer than clients and load balancers keep an idle connection, so that the gateway never closes
 #: one that a request is just being sent on.
@@ -41,6 +44,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(engine_app, name="engine")
 app.add_typer(keys_app, name="keys")
 app.add_typer(forecast_app, name="forecast")
+app.add_typer(trace_app, name="trace")
 
 Command: TypeAlias = Callable[[Settings, dict[str, Source]], None]
 Text: TypeAlias = str | None
@@ -209,6 +213,9 @@ def replay(context: typer.Context) -> None:
     replayer(args=context.args, prog_name="cachewise replay")
 
 
+app.command("analyze")(analyze)
+
+
 @app.command("version")
 def version() -> None:
     """Print the version."""
@@ -264,6 +271,11 @@ class _Protocol(HttpToolsProtocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         pass
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope = cast("dict[str, Any]", self.scope)
+        scope["extensions"] = {ABORT: self.transport.abort}
 
 
 class _Server(uvicorn.Server):
@@ -328,6 +340,7 @@ def banner(settings: Settings, port: int) -> str:
             f"  pods     {fleet}",
             f"  listens  {reach}",
             f"  health   {url}/health   metrics  {url}/metrics",
+            f"  inspect  {url}/ui",
             "",
             "Point agents at it:",
             connect.brief(url, model, key),

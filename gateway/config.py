@@ -284,7 +284,8 @@ class AdmissionSettings(_Model):
     heartbeat_s: Seconds = 10.0
     """Time between two comments in the stream of a held turn; the first comes after half of it."""
     age_bound_s: Seconds = 60.0
-    """A turn may be held this long beyond its fair share; then no other passes it."""
+    """A turn may be held this long after it would have had a place first come first served; then no
+    other passes it."""
     tenant_weights: Annotated[dict[str, Weight], BeforeValidator(_split_pairs)] = Field(
         default={}, json_schema_extra=_allowed("TENANT=NUMBER[,TENANT=NUMBER…], a NUMBER > 0")
     )
@@ -523,6 +524,39 @@ class TlsSettings(_Model):
         return value
 
 
+class TracingSettings(_Model):
+    endpoint: str | None = Field(
+        default=None, json_schema_extra=_allowed("http://HOST[:PORT][/PATH] or https://…")
+    )
+    """Collector to which spans of turns are sent, by OTLP over HTTP; off if not set. Without a path
+    `/v1/traces` is taken. Needs `pip install 'cachewise-gateway[otel]'`."""
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of turns that are traced, where the client's `traceparent` does not decide it."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            usable = parts.hostname is not None and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or parts.scheme not in ("http", "https"):
+            raise ValueError("is not the address of an HTTP server")
+        if parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError("holds more than scheme, host, port and path")
+        return value
+
+    @property
+    def traces_url(self) -> str:
+        """The whole address that spans are posted to."""
+        assert self.endpoint is not None
+        url = self.endpoint.rstrip("/")
+        return url if urlsplit(url).path else f"{url}/v1/traces"
+
+
 class LogSettings(_Model):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level written."""
@@ -571,6 +605,7 @@ class Settings(BaseSettings):
     probe: ProbeSettings = ProbeSettings()
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()
+    tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("pods")
@@ -841,8 +876,10 @@ def _one_line(
     else:
         assert field is not None
         given = first.get("input")
-        in_pods = first["loc"][0] == "pods" and any(sign in str(given) for sign in ("@", "key"))
-        secret = is_secret(field) or in_pods
+        in_url = first["loc"][0] in ("pods", "tracing") and any(
+            sign in str(given) for sign in ("@", "key")
+        )
+        secret = is_secret(field) or in_url
         value = _HIDDEN if secret else _shown(given)
         problem = _problem(first, field)
         subject = problem if problem == "is missing" else f"{value} {problem}"

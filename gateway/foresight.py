@@ -69,6 +69,7 @@ class Foresight:
             return
         label = label_of(forecast)
         self.metrics.forecasts[label,].inc()
+        self.metrics.tool_gaps[label,].observe(gap_s)
         for quantile in below(forecast, gap_s):
             self.metrics.forecasts_below[label, str(quantile)].inc()
         durations = headers.get(DURATIONS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gateway.access import Access, Tenant
 from gateway.closed_loop import ClosedLoop
-from gateway.config import Settings
+from gateway.config import Settings, TracingSettings
 from gateway.errors import GatewayError, no_pod_ready
 from gateway.fleet.discovery import discovery
 from gateway.fleet.fleet import Fleet
@@ -18,6 +18,10 @@ from gateway.foresight import Foresight
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.sessions import SessionStore
+from gateway.turn_history import TurnHistory
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracer
 
 if TYPE_CHECKING:
     from gateway.sharing.sharing import Sharing
@@ -43,6 +47,7 @@ class Gateway:
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
         self.metrics = Metrics()
+        self.tracer = _tracer(settings.tracing, self.metrics)
         self.foresight = Foresight(settings.forecast, self.metrics)
         self.loop = ClosedLoop(settings, self.fleet, self.sessions, self.metrics, self.foresight)
         self.sharing = self._sharing()
@@ -53,6 +58,7 @@ class Gateway:
         self.draining = False
         self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
+        self.history = TurnHistory(self.wall_minus_monotonic_s)
 
     def _sharing(self) -> Sharing | None:
         """Raises `ConfigError` if the store's client is not installed."""
@@ -97,6 +103,15 @@ class Gateway:
             f" it with --model-alias '{model[:128]}={known[0]}', or any name with"
             f" --model-alias '*={known[0]}'.",
         )
+
+
+def _tracer(settings: TracingSettings, metrics: Metrics) -> Tracer | None:
+    """What traces turns, if they are traced; else nothing of OpenTelemetry is imported."""
+    if settings.endpoint is None:
+        return None
+    from gateway.tracing import Tracer
+
+    return Tracer(settings, metrics.degraded.labels("trace").inc)
 
 
 @lru_cache(maxsize=4096)

@@ -4,12 +4,12 @@ One rule, `precedence`: the least of
 
     additional prefill seconds + debt of its class − AGE_WEIGHT × seconds held − head start
 
-goes first, but some places (`gateway.admission.DUE_EVERY`) are for the longest due turn.
+goes first, but before all others those that are due, the longest due of them.
 
 Least additional prefill first uses the KV that is still there before others evict it, and finishes
 more sessions sooner on the whole (shortest job first); its price is that long contexts whose KV is
-gone wait longer. Three things bound that price: age, the debt between classes, and the promise that
-turns held `AGE_BOUND_S` beyond their fair share get places one after the other, whatever they need.
+gone wait longer. Three things bound that price: age, the debt between classes, and a promise: a
+turn held `AGE_BOUND_S` after it would have had a place first come first served (`Line`) is due.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def precedence(
         debt_s: pod-seconds that the turn's class has had beyond its share (`Shares.debts`).
         arrived_at: since when it is held.
         person_waits: whether a person waits for it, not a tool loop.
-        due_at: when it has been held `AGE_BOUND_S` beyond its fair share; infinity where the place
-            is none of those set apart for due turns.
+        due_at: when it has been held `AGE_BOUND_S` beyond its fair share.
         now: seconds of the same clock.
     """
     if now >= due_at:
@@ -69,6 +68,8 @@ class Held(Protocol):
 
     number: int
     due_at: float
+    ordinal: int
+    """Its number in the `Line`."""
     entries: tuple[Entry, ...]
     """Where it stands in the queue; an entry in a heap that is not here any more is void."""
 
@@ -224,6 +225,38 @@ def _pick(
         for heap, entry in taken:
             if _valid(entry):
                 heapq.heappush(heap, entry)
+
+
+class Line(Generic[H]):
+    """The line in which held turns would stand, first come first served: as many places as stood
+    before a turn when it came, and one more, and it would have had its own.
+
+    O(log turns) an operation; turns that were released or left are passed over.
+    """
+
+    def __init__(self, held: HoldQueue[H]) -> None:
+        self._held = held
+        self._given = 0
+        self._line: list[tuple[int, int, H]] = []
+
+    def join(self, hold: H, ahead: bool = True) -> None:
+        """A turn begins to be held, is in the queue already; without ``ahead`` it is the next: it
+        has had a place before."""
+        hold.ordinal = self._given + (len(self._held) if ahead else 1)
+        if len(self._line) > 2 * len(self._held) + 64:
+            self._line = [entry for entry in self._line if entry[2] in self._held]
+            heapq.heapify(self._line)
+        heapq.heappush(self._line, (hold.ordinal, hold.number, hold))
+
+    def gave(self) -> list[H]:
+        """A held turn got a place. Returns those still held whose own it would have been by now."""
+        self._given += 1
+        reached = []
+        while self._line and self._line[0][0] <= self._given:
+            hold = heapq.heappop(self._line)[2]
+            if hold in self._held:
+                reached.append(hold)
+        return reached
 
 
 class Shares:

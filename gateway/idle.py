@@ -51,6 +51,8 @@ _CLIENT_SPEAKS = (
 )
 """A user message that holds one of these was written by the client itself: news of a background
 task, the summary that a compaction left."""
+_AGENT_NEWS = "<subagent_notification>"
+"""Codex adds such a message, of a sub-agent that has ended, behind whatever it sends next."""
 _NOTIFIED_CALL = re.compile(r"<tool-use-id>\s*([^<\s]{1,256})\s*</tool-use-id>")
 
 
@@ -88,6 +90,8 @@ def resumed_by(last: Item) -> IdleKind | None:
     """What ended the wait, told from the request's last message: only tool results → the tools;
     a person's text → a person; a message the client made by itself → the background. None if it
     does not tell (an assistant message last, say)."""
+    if _AGENT_NEWS in last.text:
+        return None
     if any(mark in last.text for mark in _CLIENT_SPEAKS):
         return "background"
     if last.role == "tool":

@@ -6,8 +6,9 @@ session, key, path or text of a client is ever a label.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,14 +22,27 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from engine_patch.hints import Status
 from gateway.admission import Admission
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.pod import Pod
+from gateway.hold import HoldEnd
+from gateway.losses import LOSS_CAUSES
+from gateway.prefix import BreakCause
+from gateway.relay import Reason
 from gateway.sessions import SessionStore
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+STAGES = (
+    *("session", "admission", "route", "observe", "forecast", "settle", "history", "inspector"),
+    *("forget", "tick", "sharing", "audit", "trace"),
+)
+"""Where a fault of the clever part is survived."""
+RETRY_REASONS = ("status_503", *(r for r in get_args(Reason) if r != "first_byte_timeout"))
+"""Who has waited for a pod's first byte in vain is not sent to another."""
+HINT_RESULTS = (*get_args(Status), "failed", "dropped")
 HOLD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 90, 120, 180, 240, 300)
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
 
@@ -153,6 +167,15 @@ class Metrics:
                 "cachewise_gap_seconds",
                 "Gaps between a session's turns, by what it waited for.",
                 ("idle_kind",),
+                buckets=GAP_BUCKETS,
+                registry=registry,
+            )
+        )
+        self.tool_gaps = Family(
+            Histogram(
+                "cachewise_tool_gap_seconds",
+                "Gaps that were forecast, by the tool waited for; of parallel calls the slowest.",
+                ("tool_kind",),
                 buckets=GAP_BUCKETS,
                 registry=registry,
             )
@@ -400,6 +423,24 @@ class Metrics:
             "Log lines given up because the log could not be written fast enough.",
             registry=registry,
         )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Show counters of fixed words from the start: one that appears with its first event hides
+        that event from `rate`."""
+        words: tuple[tuple[Counter | Family[Any], Iterable[str]], ...] = (
+            (self.retries, RETRY_REASONS),
+            (self.degraded, STAGES),
+            (self.forecast_saves, ("ok", "failed")),
+            (self.prefix_breaks, get_args(BreakCause)),
+            (self.prefix_lost_tokens, get_args(BreakCause)),
+            (self.lost_tokens, LOSS_CAUSES),
+            (self.holds, get_args(HoldEnd)),
+            (self.hints, HINT_RESULTS),
+        )
+        for metric, values in words:
+            for value in values:
+                (metric.metric if isinstance(metric, Family) else metric).labels(value)
 
     def kv_events_troubled(self, pod: Pod, trouble: str) -> None:
         self.pod_events_troubles.labels(pod.name, trouble).inc()
@@ -500,11 +541,12 @@ LABELS = {
     "idle_kind": "`tool`, `human`, `background`, `ended`",
     "cause": "`model`, `tools`, `system`, `compaction`, `edit`, `truncation`",
     "policy": "the routing policy",
-    "reason": "`only`, `home`, `moved`, `shared_prefix`, `hashed`, `policy`; see"
-    " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`",
+    "reason": "of a route: `only`, `home`, `moved`, `shared_prefix`, `hashed`, `policy`; see"
+    " [how it works](how-it-works.md); of a turn that was held `home`, `admitted`; `fallback`. Of a"
+    " retry: `refused`, `connect_timeout`, `disconnected`, `lost`, `failed`, `status_503`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
-    " `settle`, `forget`, `tick`, `sharing`, `audit` (what a fault had left in the books was"
-    " found)",
+    " `settle`, `history`, `inspector`, `forget`, `tick`, `sharing`, `audit` (what a fault had left"
+    " in the books was found), `trace` (a span is lost)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"

@@ -12,7 +12,7 @@ import asyncio
 import io
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 from yarl import URL
@@ -63,10 +63,15 @@ MAX_HELD_BYTES = 256 * 1024
 """Bytes of an unfinished event that are held back at the most."""
 
 
-class PodError(Exception):
-    """The pod failed before its first byte. ``reason`` is a fixed word for metrics."""
+Reason = Literal[
+    "connect_timeout", "refused", "disconnected", "lost", "failed", "first_byte_timeout"
+]
 
-    def __init__(self, reason: str, text: str) -> None:
+
+class PodError(Exception):
+    """The pod failed before its first byte."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
         self.reason = reason
 

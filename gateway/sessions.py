@@ -148,9 +148,11 @@ class Session:
 
 @dataclass(slots=True)
 class Turn:
-    """A turn in flight. ``prompt_tokens`` and ``same_tokens`` are estimates from bytes."""
+    """A turn in flight. ``prompt_tokens`` and ``same_tokens`` are estimates from bytes; ``number``
+    counts the session's turns from 1."""
 
     session: Session
+    number: int
     request_class: RequestClass
     identified_by: str
     prefix: Prefix
@@ -273,6 +275,7 @@ class SessionStore:
         self._make_room()
         return Turn(
             session=session,
+            number=session.turns,
             request_class=request_class,
             identified_by=by,
             prefix=prefix,

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -30,6 +31,7 @@ from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway, scope_of
 from gateway.hold import HeldTurn, HoldEnd, patience, queue_full
 from gateway.holds import Priority
+from gateway.losses import LossCause
 from gateway.relay import (
     Answer,
     BrokenOffError,
@@ -52,7 +54,11 @@ from gateway.request import (
 )
 from gateway.routing import Decision, choose
 from gateway.sessions import Turn
+from gateway.turn_history import held_for
 from gateway.turn_log import log_turn
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracer, TurnTrace
 
 logger = logging.getLogger("gateway.turns")
 
@@ -102,9 +108,17 @@ class TurnFlow:
         self.attempts = 0
         self.held_s = 0.0
         self.first_byte_s: float | None = None
+        self.first_byte_at: float | None = None
+        self.hold: dict[str, Any] | None = None
+        """Why it was held."""
+        self.losses: dict[LossCause, int] = {}
+        self.trace: TurnTrace | None = None
+        """None unless tracing is on."""
 
     async def run(self) -> None:
         """Serve the turn; whatever happens, the client gets an answer and the books balance."""
+        if self.gateway.tracer is not None:
+            self._begin_trace(self.gateway.tracer)
         try:
             await self._serve()
         except GatewayError as error:
@@ -155,6 +169,9 @@ class TurnFlow:
             request.model = served
         recalled = await self._recall(request)
         self.turn = self._begin(request, arrived_at, recalled)
+        gateway.history.begin(self)
+        if self.trace is not None:
+            self.trace.parsed(arrived_at, time.monotonic())
         async with Departure(self.receive):
             await self._relay(request, body)
 
@@ -209,6 +226,8 @@ class TurnFlow:
             self.attempts += 1
             pod = await self._admitted(request, pods)
             sent_at = time.monotonic()
+            if self.trace is not None:
+                self.trace.sending(self, request, sent_at)
             if self.attempts == 1:
                 gateway.metrics.overhead.observe(sent_at - self.started_at - self.held_s)
             try:
@@ -222,6 +241,8 @@ class TurnFlow:
                 )
             except PodError as error:
                 self._leave_pod()
+                if self.trace is not None:
+                    self.trace.tried_in_vain(error.reason, time.monotonic())
                 last = error
                 if isinstance(error, TimedOut):
                     break
@@ -239,6 +260,8 @@ class TurnFlow:
                     and gateway.fleet.able(request.model, [*failed, pod])
                 ):
                     self._leave_pod()
+                    if self.trace is not None:
+                        self.trace.tried_in_vain("status_503", time.monotonic())
                     failed.append(pod)
                     gateway.metrics.retries.labels("status_503").inc()
                     continue
@@ -253,6 +276,8 @@ class TurnFlow:
         it back. Raises `GatewayError` if it is held too long."""
         gateway = self.gateway
         ticket = self.ticket = self._arrive(self._ask(request), pods)
+        if self.trace is not None:
+            self.trace.routed(ticket, time.monotonic())
         gateway.loop.open.add(ticket)
         if ticket.held and gateway.loop.admission.mode == "enforce":
             await self._hold(ticket)
@@ -310,6 +335,8 @@ class TurnFlow:
             held.began = True
         began_at = time.monotonic()
         end: HoldEnd = "failed"
+        with self._survived("history"):
+            self.hold = held_for(ticket, loop.admission)
         loop.waiting.add(ticket)
         try:
             await held.wait(
@@ -330,6 +357,8 @@ class TurnFlow:
             now = time.monotonic()
             self.held_s += now - began_at
             self._hold_ended(end, now - began_at)
+            if self.trace is not None:
+                self.trace.held(began_at, now, end)
             if end in ("too_long", "client_gone"):
                 loop.sent_away.add(ticket.ask.arrival.sid, ticket.arrived_at, now)
 
@@ -349,8 +378,8 @@ class TurnFlow:
             if run is None:
                 loop.admission.end(ticket, now)
                 return
-            losses = loop.conductor.end(run, now, ended)
-            for cause, tokens in losses.items():
+            self.losses = loop.conductor.end(run, now, ended)
+            for cause, tokens in self.losses.items():
                 self.gateway.metrics.lost_tokens[cause,].inc(tokens)
             if loop.admission.mode == "observe" and ticket.held_s > 0:
                 self._hold_ended("observed", ticket.held_s)
@@ -372,11 +401,14 @@ class TurnFlow:
         token = gateway.settings.hints.token
         if request.hinted and token is not None:
             headers.append(("X-Kv-Hints-Token", token.get_secret_value()))
-        return headers
+        return headers if self.trace is None else self.trace.context(headers)
 
     async def _pass_on(self, answer: Answer, pod: Pod, sent_at: float) -> None:
         now = time.monotonic()
         self.first_byte_s = now - sent_at
+        self.first_byte_at = now
+        if self.trace is not None:
+            self.trace.first_byte(answer.status, now)
         self.gateway.metrics.first_byte[pod.name,].observe(now - self.started_at)
         run = self.pod_run
         assert run is not None
@@ -428,11 +460,15 @@ class TurnFlow:
             loop = self.gateway.loop
             kind = self.gateway.sessions.idle_kind_after(turn, outcome.tool_calls)
             self.forecast = loop.gap_begins(turn.session, outcome.tool_calls, kind, run.pod, now)
+            if self.trace is not None:
+                self.trace.hinted(now, time.monotonic(), kind, self.forecast)
 
     async def _answer_error(self, error: GatewayError) -> None:
         """Say it as the dialect does. An answer that has begun and is no event stream cannot say
         it: it is left short, and the server cuts the connection."""
         self.outcome = "gateway_error"
+        if self.trace is not None:
+            self.trace.error = error.code
         if not self.responding:
             self.status = error.status
             await send_error(self.gateway, error, self.dialect.family, self.send)
@@ -475,7 +511,11 @@ class TurnFlow:
         client = turn.session.client if turn is not None else "other"
         gateway.metrics.turns[wire, client, self.outcome].inc()
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
+        with self._survived("history"):
+            gateway.history.end(self, now, outcome)
         log_turn(self, now, outcome)
+        if self.trace is not None:
+            self.trace.end(self, outcome, now)
 
     def _finish_observer(self) -> TurnOutcome | None:
         observer = self.observer
@@ -520,6 +560,10 @@ class TurnFlow:
             metrics.tool_calls[session.client,].inc(len(outcome.tool_calls))
         session.pod = pod.name
         session.decision = decision
+
+    def _begin_trace(self, tracer: Tracer) -> None:
+        with self._survived("trace"):
+            self.trace = tracer.turn(self.dialect.path, self.headers, self.started_at)
 
     @contextmanager
     def _survived(self, stage: str) -> Iterator[None]:

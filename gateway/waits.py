@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import itemgetter
 from typing import Final
 
 from gateway.admission import GapForecast
@@ -13,6 +15,9 @@ from gateway.idle import IdleKind
 
 AGAIN_AT: Final = (0.5, 0.9, 0.99)
 """A pod is told again when a wait outlives these quantiles of its forecast."""
+
+_START: Final = (0.0, 1.0)
+_LEFT: Final = itemgetter(1)
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,6 +33,23 @@ class Fixed:
 
     def curve(self) -> Sequence[tuple[float, float]]:
         return self.points
+
+    def quantiles(self, probabilities: Sequence[float]) -> list[float | None]:
+        """Seconds by which the gap has ended with each of the ``probabilities``, if the session
+        returns; None beyond the curve's end. O(log points) each."""
+        rising = self.points[::-1]  # by what is left
+        found: list[float | None] = []
+        for probability in probabilities:
+            left = 1.0 - probability
+            i = bisect_right(rising, left, key=_LEFT)
+            if i == 0:
+                found.append(None)
+                continue
+            t_s, p = rising[i - 1]
+            t_before, p_before = rising[i] if i < len(rising) else _START
+            along = (p_before - left) / (p_before - p) if p_before > p else 1.0
+            found.append(round(t_before + (t_s - t_before) * along, 3))
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +75,10 @@ class Waits:
 
     def __len__(self) -> int:
         return len(self._by_sid)
+
+    def of(self, sid: str) -> Wait | None:
+        """The session's gap under way, if it was forecast."""
+        return self._by_sid.get(sid)
 
     def begin(self, wait: Wait) -> None:
         self._by_sid[wait.sid] = wait

@@ -17,6 +17,7 @@ from gateway import cli
 from gateway.app import create_app
 from gateway.config import Settings
 from gateway.gateway import Gateway
+from gateway.inspector.endpoints import Inspector
 
 WIRES = ("chat", "completions", "responses", "messages")
 PATHS = {
@@ -203,6 +204,7 @@ class Running:
     gateway: Gateway
     server: ServerState
     client: aiohttp.ClientSession
+    inspector: Inspector
 
     async def post(self, wire: str, body: Any = None, **options: Any) -> Reply:
         """One turn, read to its end. ``body`` is bytes, or what the request is made of."""
@@ -283,7 +285,7 @@ async def gateway_over(*pods: Pod | str, **settings: Any) -> AsyncIterator[Runni
         url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         try:
             async with aiohttp.ClientSession() as client:
-                yield Running(url, app.state.gateway, state, client)
+                yield Running(url, app.state.gateway, state, client, app.state.inspector)
         finally:
             listener.close()
             for connection in list(state.connections):

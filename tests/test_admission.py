@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.admission import (
     ASIDE_SHARE,
-    DUE_PAUSE_S,
     FREE_SHARE,
+    STINT_S,
     Admission,
     Ask,
     Ended,
@@ -266,7 +266,7 @@ def test_a_due_turn_goes_first_and_nothing_passes_it() -> None:
     gateway = Gateway()
     first, second = gateway.fill()
     large = gateway.arrive(ask("large", 64_000), 0)
-    gateway.admission.tick(large.due_at)  # no place was given for a while, so the next is its own
+    gateway.admission.tick(large.due_at)
     small = gateway.arrive(ask("small", 3_000), large.due_at)
     assert small.held  # there is room for it, but the large one comes first
     gateway.admission.end(first, large.due_at + 1, ended(kind="ended"))
@@ -464,13 +464,49 @@ def test_the_reserve_falls_while_admitted_sessions_lose_their_kv() -> None:
     assert gateway.admission.books["a"].reserve < before
 
 
+def test_a_turn_is_due_a_minute_after_it_would_have_had_a_place_in_line() -> None:
+    gateway = Gateway()
+    first, second = gateway.fill()
+    large = gateway.arrive(ask("large", 64_000), 0)
+    small = gateway.arrive(ask("small", 20_000), 1)
+    assert large.due_at == small.due_at - 1 == STINT_S + 60
+    gateway.admission.end(first, 10, ended(kind="ended"))
+    assert gateway.released == [small]  # it passes the large one, whose place it would have been
+    assert large.due_at == 70
+    gateway.admission.tick(71)
+    late = gateway.arrive(ask("late", 20_000), 71)
+    gateway.admission.end(small, 80, ended(kind="ended"))
+    gateway.admission.end(second, 81, ended(kind="ended"))
+    assert gateway.released[1] is large
+    assert late.held
+
+
+def test_sessions_that_outgrow_the_cache_give_up_the_place_least_worth_keeping() -> None:
+    gateway = Gateway()
+    soon, late = gateway.fill()
+    waiting = gateway.arrive(ask("waiting"), 0)
+    gateway.admission.end(late, 1, ended(40_000, soon_s=5.0))
+    gateway.admission.end(soon, 2, ended(62_000, soon_s=1.0))
+    assert waiting.held  # there is no room for it
+    assert gateway.admission.place_of("full-0") is not None
+    assert gateway.admission.place_of("full-1") is None
+
+
+def test_sessions_may_outgrow_the_cache_while_nobody_waits() -> None:
+    gateway = Gateway()
+    for ticket in gateway.fill():
+        gateway.admission.end(ticket, 1, ended(60_000, soon_s=1.0))
+    assert gateway.admission.place_of("full-0") is not None
+    assert gateway.admission.place_of("full-1") is not None
+
+
 # -- the promise ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nobody_starves_even_behind_loops_that_never_pause(seed: int) -> None:
-    """Forty sessions on a pod that holds five, each back within a second of its answer: after a
-    pause the place that has been kept longest goes to the longest due turn, and so to each."""
+    """Forty sessions on a pod that holds five, each back within a second of its answer: places kept
+    for a stint go to the longest due turn, and so to each."""
     rng = random.Random(seed)
     gateway = Gateway()
     events: list[tuple[float, int, str, object]] = []
@@ -505,7 +541,7 @@ def test_nobody_starves_even_behind_loops_that_never_pause(seed: int) -> None:
         seen = len(gateway.released)
     worst_s = max([worst_s, *(6_000 - ticket.due_at for ticket in gateway.admission.held)])
     assert len(turns) == len(size)
-    assert worst_s < len(size) * (DUE_PAUSE_S + 10)
+    assert worst_s < len(size) / 5 * (STINT_S + 10)
 
 
 class Events(RuleBasedStateMachine):

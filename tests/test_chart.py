@@ -419,6 +419,18 @@ def test_dashboards_and_rules_are_taken_from_files(tmp_path: Path) -> None:
     assert made["PrometheusRule", "cachewise"]["spec"]["groups"] == groups
 
 
+def test_the_chart_packs_the_boards_and_the_rules() -> None:
+    made = objects("monitoring")
+    for name in ("fleet-overview", "sessions-and-tools", "kv-and-hints", "gateway"):
+        data = made["ConfigMap", f"cachewise-{name}"]["data"]
+        file = CHART / "dashboards" / f"{name}.json"
+        assert json.loads(data[f"{name}.json"]) == json.loads(file.read_text())
+        assert len(data[f"{name}.json"]) < 262_144, "more than `kubectl apply` annotates"
+    rules = yaml.safe_load((CHART / "rules" / "cachewise.yaml").read_text())
+    assert made["PrometheusRule", "cachewise"]["spec"] == rules
+    assert not any(kind == "PrometheusRule" for kind, _ in objects("defaults"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -192,6 +192,7 @@ def test_the_banner_says_what_is_served_and_who_can_reach_it() -> None:
     text = cli.banner(Settings(), 8080)
     assert "http://127.0.0.1:8080/health" in text
     assert "http://127.0.0.1:8080/metrics" in text
+    assert "http://127.0.0.1:8080/ui" in text
     assert "2 embedded pods: a stand-in that generates no real text" in text
     assert "loopback only" in text
     assert "ANTHROPIC_BASE_URL=http://127.0.0.1:8080 " in text

@@ -21,6 +21,8 @@ from packaging.utils import canonicalize_name
 
 from engine_patch.command import launch_command
 from gateway import __version__, config
+from gateway.fleet.fleet import Fleet
+from tests.programs import program
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -93,8 +95,8 @@ def test_the_lock_is_that_of_the_dependencies() -> None:
     locked = dict(re.findall(r"(?m)^([a-z0-9._-]+)==(\S+)", text))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["kubernetes"], *extras["redis"]]
-    wanted += extras["kv-events"]
+    image = ("kubernetes", "otel", "redis", "kv-events")
+    wanted = project["dependencies"] + [each for extra in image for each in extras[extra]]
     for requirement in map(Requirement, wanted):
         name = canonicalize_name(requirement.name)
         hint = f"{requirement}: make requirements.lock anew, as the Dockerfile says"
@@ -155,6 +157,28 @@ def test_all_that_listens_listens_on_loopback() -> None:
             assert port.startswith("127.0.0.1:")
 
 
+def test_the_configuration_of_prometheus_is_sound(tmp_path: Path) -> None:
+    promtool = program("promtool", "prometheus")
+    file = tmp_path / "prometheus.yml"
+    rules = ROOT / "k8s" / "chart" / "rules"
+    file.write_text(
+        COMPOSE["configs"]["prometheus"]["content"].replace("/etc/prometheus/rules", str(rules))
+    )
+    checked = subprocess.run(
+        [promtool, "check", "config", file], check=False, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_pods_own_series_bear_the_name_that_the_gateway_gives_them() -> None:
+    scraped = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])["scrape_configs"]
+    vllm = next(job for job in scraped if job["job_name"] == "vllm")
+    assert vllm["relabel_configs"] == [{"source_labels": ["__address__"], "target_label": "pod"}]
+    pods = config.load_settings({}, None, SERVICES["gateway"]["environment"]).pods
+    fleet = Fleet(pods, config.ProbeSettings(), None)
+    assert [pod.name for pod in fleet] == vllm["static_configs"][0]["targets"]
+
+
 def test_prometheus_and_grafana_are_given_what_there_is() -> None:
     contents = {name: yaml.safe_load(c["content"]) for name, c in COMPOSE["configs"].items()}
     used = {c["source"] for service in SERVICES.values() for c in service.get("configs", ())}
@@ -167,6 +191,15 @@ def test_prometheus_and_grafana_are_given_what_there_is() -> None:
     }
     assert targets == {"gateway:8080", "vllm:8000"}
     assert contents["datasource"]["datasources"][0]["url"] == "http://prometheus:9090"
+    mounted = {
+        inside: ROOT / here
+        for service in SERVICES.values()
+        for here, inside in (v.split(":")[:2] for v in service.get("volumes", ()) if v[0] == ".")
+    }
+    (rules,) = contents["prometheus"]["rule_files"]
+    assert list(mounted[rules.removesuffix("/*.yaml")].glob("*.yaml"))
+    boards = mounted[contents["dashboards"]["providers"][0]["options"]["path"]]
+    assert len(list(boards.glob("*.json"))) == 4
     named = {
         v.split(":")[0] for s in SERVICES.values() for v in s.get("volumes", ()) if v[0] != "."
     }

@@ -15,6 +15,7 @@ from gateway.holds import (
     MAX_DEBT_S,
     Entry,
     HoldQueue,
+    Line,
     Priority,
     ShareClass,
     Shares,
@@ -70,6 +71,7 @@ class Turn:
     arrived_at: float
     share: ShareClass
     due_at: float
+    ordinal: int = 0
     entries: tuple[Entry, ...] = ()
 
 
@@ -189,3 +191,40 @@ def test_all_is_settled_when_nobody_waits() -> None:
     shares.waits(A)
     shares.waits(B)
     assert shares.debts() == {A: 0, B: 0}
+
+
+@given(st.lists(st.sampled_from(["come", "give", "leave"]), max_size=60), st.data())
+def test_the_line_tells_whose_place_it_would_have_been(
+    events: list[str], data: st.DataObject
+) -> None:
+    """Against a line kept by hand, in which places go to whoever came first."""
+    queue: HoldQueue[Turn] = HoldQueue()
+    line: Line[Turn] = Line(queue)
+    ahead: dict[Turn, int] = {}
+    reached: set[Turn] = set()
+    for number, event in enumerate(events):
+        if event == "come":
+            turn = Turn(number, {}, 0.0, ("a", "interactive"), inf)
+            queue.add(turn, turn.share, None, 0.0, 0.0, 1)
+            line.join(turn)
+            ahead[turn] = len(queue)
+        elif len(queue):
+            gone = data.draw(st.sampled_from(list(queue)))
+            queue.remove(gone)
+            if event == "give":
+                for turn in ahead:
+                    ahead[turn] -= 1
+                now = {turn for turn, left in ahead.items() if left <= 0 and turn in queue}
+                assert set(line.gave()) == now - reached
+                reached |= now
+
+
+def test_a_turn_that_had_a_place_is_the_next_in_line() -> None:
+    queue: HoldQueue[Turn] = HoldQueue()
+    line: Line[Turn] = Line(queue)
+    turns = [Turn(n, {}, 0.0, ("a", "interactive"), inf) for n in range(4)]
+    for turn in turns:
+        queue.add(turn, turn.share, None, 0.0, 0.0, 1)
+        line.join(turn, ahead=turn is not turns[3])
+    queue.remove(turns[2])
+    assert line.gave() == [turns[0], turns[3]]

@@ -19,6 +19,7 @@ from gateway.config import LogSettings, hash_key
 from gateway.dialects.sse import JsonObserver
 from gateway.logs import logging_to
 from gateway.sessions import SessionStore
+from gateway.turn_history import TurnHistory
 from tests.served import PATHS, WIRES, Exchange, Pod, body_of, gateway_over, until
 
 ACME, OTHER = "cw-acme-key-0123456789", "cw-other-key-0123456789"
@@ -442,6 +443,7 @@ def broken(*_: Any, **__: Any) -> Any:
         ("settle", SessionStore, "end"),
         ("admission", Admission, "arrive"),
         ("observe", JsonObserver, "finish"),
+        ("history", TurnHistory, "_keep"),
     ],
 )
 async def test_a_fault_of_the_clever_part_is_counted_and_the_turn_goes_on(

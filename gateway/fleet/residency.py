@@ -10,6 +10,7 @@ pod's KV events tell of, their ledger is asked instead.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import ItemsView
 
 from gateway.fleet.ledger import Ledger
 
@@ -36,6 +37,10 @@ class Residency:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def chains(self) -> ItemsView[str, int]:
+        """Chains and their tokens, the oldest first."""
+        return self._tokens.items()
 
     def tokens(self, sid: str) -> int:
         """Tokens of the chain's prefix known, or else believed, to be in the cache."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ MODEL = "tiny"
 BLOCK_SIZE_TOKENS = 32
 NUM_BLOCKS = 2 * tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
 START_TIMEOUT_S = 300.0
+GATEWAY_START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 
 
@@ -67,6 +69,38 @@ def running_each(model: Path, launches: Sequence[Launch]) -> Iterator[list[VllmP
                 pod.process.wait(STOP_TIMEOUT_S)
             _signal(pod, signal.SIGKILL)
             pod.process.wait()
+
+
+@contextlib.contextmanager
+def gateway(
+    pods: Sequence[VllmPod], log: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """`cachewise serve` in front of `pods`, with `settings` as variables; yields its URL."""
+    flags = [flag for pod in pods for flag in ("--pod", pod.url)]
+    command = [str(Path(sys.executable).with_name("cachewise")), "serve", "--port", "0", *flags]
+    environment = os.environ | (settings or {})
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        yield _ready_gateway(process, log)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _ready_gateway(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + GATEWAY_START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        found = re.search(r"on (http://127\.0\.0\.1:\d+)", log.read_text())
+        with contextlib.suppress(httpx.TransportError):
+            if found and httpx.get(f"{found[1]}/ready", trust_env=False).status_code == 200:
+                return found[1]
+        time.sleep(0.2)
+    raise RuntimeError(f"the gateway did not become ready:\n{log.read_text()}")
 
 
 def _spawn(model: Path, log: Path, launch: Launch) -> VllmPod:

@@ -1,15 +1,10 @@
 """The gateway in front of two real vLLM pods: sessions are recognised, kept where their prefix is,
 and vLLM's own count of cached tokens proves it."""
 
-import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.engine import tiny_model
+from tests.engine import pods, tiny_model
 from tests.engine.pods import BLOCK_SIZE_TOKENS, MODEL, VllmPod
 from tests.engine.test_pods import ANTHROPIC_TOOL, OPENAI_TOOL, RESPONSES_TOOL, fits_schema
 
@@ -31,28 +26,8 @@ MAX_TURNS = tiny_model.TOOL_CALLS + 4
 @pytest.fixture(scope="module")
 def gateway(vllm_pods: list[VllmPod], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`cachewise serve` in front of the pods; yields its URL."""
-    log = tmp_path_factory.mktemp("gateway") / "log"
-    flags = [flag for pod in vllm_pods for flag in ("--pod", pod.url)]
-    command = [str(Path(sys.executable).with_name("cachewise")), "serve", "--port", "0", *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ)
-    try:
-        deadline = time.monotonic() + 60
-        url = ""
-        while time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
-            found = re.search(r"on (http://127\.0\.0\.1:\d+)", log.read_text())
-            url = found.group(1) if found else url
-            with contextlib.suppress(httpx.TransportError):
-                if url and httpx.get(f"{url}/ready", trust_env=False).status_code == 200:
-                    break
-            time.sleep(0.2)
-        else:
-            pytest.fail(f"the gateway did not become ready:\n{log.read_text()}")
+    with pods.gateway(vllm_pods, tmp_path_factory.mktemp("gateway") / "log") as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def sessions_of(gateway: str) -> list[dict[str, Any]]:

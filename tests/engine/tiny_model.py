@@ -9,6 +9,7 @@ vLLM is started with `--tool-strict-level parameter`; a free string is "ls".
 """
 
 import json
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from typing import Any
 MAX_MODEL_LEN = 65_536
 # vLLM's CPU kernels want heads of 64 or more.
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 2, 2, 1, 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a model is."""
+
+    hidden: int = HIDDEN
+    layers: int = LAYERS
+    heads: int = HEADS
+    kv_heads: int = KV_HEADS
+    intermediate: int = INTERMEDIATE
+
 
 TOOL_CALLS = 2
 ANSWER = ("Done", ",", "Ġthe", "Ġtests", "Ġpass", ".")
@@ -87,17 +100,24 @@ CORPUS = (
 
 def write(directory: Path, seed: int = 0) -> Path:
     """Write config, tokenizer and weights to `directory`, for vLLM's `--model`; return it."""
+    vocab = write_unweighted(directory, Shape())
+    _write_weights(directory, vocab, seed)
+    return directory
+
+
+def write_unweighted(directory: Path, shape: Shape) -> dict[str, int]:
+    """Write config and tokenizer alone, for `--load-format dummy`; return the vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
     vocab = _write_tokenizer(directory)
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": len(vocab),
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.intermediate,
         "max_position_embeddings": MAX_MODEL_LEN,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -109,8 +129,7 @@ def write(directory: Path, seed: int = 0) -> Path:
     }
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"temperature": 0.0})
-    _write_weights(directory, vocab, seed)
-    return directory
+    return vocab
 
 
 def _write_json(path: Path, value: Any) -> None:

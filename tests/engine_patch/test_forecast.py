@@ -105,3 +105,15 @@ def test_the_rate_is_the_best_over_all_horizons(forecast: Forecast, elapsed_s: f
 def test_later_tokens_cost_more_to_recompute() -> None:
     assert recompute_cost(0, 30_000) == 1
     assert recompute_cost(30_000, 30_000) == 2
+
+
+def test_what_is_left_below_the_tails_share_is_the_tails() -> None:
+    """A curve that goes on below 1 % has no cliff there: it ends where it reaches 1 %."""
+    rates = [
+        Forecast([(10.0, 0.02), (100.0, 0.01), (150.0, 0.005), (300.0, 0.0)], 1.0).reuse_rate(t)
+        for t in (101.0, 110.0, 140.0, 160.0, 250.0)
+    ]
+    assert rates == [
+        pytest.approx(Forecast([(10.0, 0.02), (100.0, 0.01)], 1.0).reuse_rate(t))
+        for t in (101.0, 110.0, 140.0, 160.0, 250.0)
+    ]

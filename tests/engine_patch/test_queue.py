@@ -210,6 +210,26 @@ def test_superseded_blocks_that_are_asked_for_again_are_kept_again() -> None:
     assert pod.queue.evictions["superseded"] == 1
 
 
+def test_an_older_copy_that_a_turn_hits_is_kept_though_the_turns_end_is_known() -> None:
+    """A hole in a chain makes copies of what follows it; the next turn hits the older ones, which
+    were set aside, in front of a block that the session owns already."""
+    pod = Pod(31)
+    names = chain("a", 8)
+    blocks = pod.begin("a", names)
+    assert blocks is not None
+    pod.end("a", blocks)
+    pod.hint("a", SOON)
+    pod.pool.drop_hash(blocks[3])
+    pod.turn("a", names)
+    pod.hint("a", SOON)
+    pod.pool.cached |= dict(zip(names[4:7], blocks[4:7], strict=True))
+    pod.turn("a", names)
+    pod.hint("a", SOON)
+    pod.turn(None, chain("x", 23))
+    assert pod.queue.evictions["superseded"] == 4
+    assert [block.block_hash for block in blocks[4:7]] == names[4:7]
+
+
 def test_a_retention_protects_and_a_release_gives_up() -> None:
     pod = Pod(20)
     pod.turn("kept", chain("k", 6))

@@ -50,6 +50,7 @@ class ResponsesExchange:
         self._output: list[JSON] = []
         self._item: JSON | None = None
         self._text = ""
+        self._namespaces = _namespaces(body)
 
     def opening(self, usage: Usage) -> bytes:
         response = self._response("in_progress", [], None)
@@ -73,8 +74,7 @@ class ResponsesExchange:
         if message.text or not (message.reasoning or message.calls):
             output.append(_finished(_new_item("text"), message.text))
         output += [
-            _finished(_new_item("name", call.name), call.arguments.decode())
-            for call in message.calls
+            _finished(self._call_item(call.name), call.arguments.decode()) for call in message.calls
         ]
         status = "incomplete" if finish_reason == "length" else "completed"
         return self._response(status, output, usage)
@@ -85,7 +85,7 @@ class ResponsesExchange:
     def _delta(self, delta: Delta) -> bytes:
         opened = b""
         if delta.kind == "name":
-            return self._open_item(_new_item("name", delta.text))
+            return self._open_item(self._call_item(delta.text))
         kind = _ITEM_TYPES[delta.kind]
         if self._item is None or self._item["type"] != kind:
             opened = self._open_item(_new_item(delta.kind))
@@ -94,6 +94,9 @@ class ResponsesExchange:
         place = self._place() if kind == "function_call" else self._place() | {"content_index": 0}
         extra: JSON = {"logprobs": []} if kind == "message" else {}
         return opened + self._event(f"{name}.delta", **place, delta=delta.text, **extra)
+
+    def _call_item(self, name: str) -> JSON:
+        return _new_item("name", name) | {"namespace": self._namespaces.get(name)}
 
     def _open_item(self, item: JSON) -> bytes:
         out = self._close_item()
@@ -184,6 +187,18 @@ _DELTA_EVENTS = {
     "message": "response.output_text",
     "function_call": "response.function_call_arguments",
 }
+
+
+def _namespaces(body: JSON) -> dict[str, str]:
+    """The namespace of each tool that is offered in one."""
+    found: dict[str, str] = {}
+    for tool in body.get("tools") or []:
+        if isinstance(tool, dict) and tool.get("type") == "namespace":
+            inner = tool.get("tools")
+            for each in inner if isinstance(inner, list) else []:
+                if isinstance(each, dict) and isinstance(each.get("name"), str):
+                    found[each["name"]] = str(tool.get("name"))
+    return found
 
 
 def _new_item(kind: str, name: str = "") -> JSON:

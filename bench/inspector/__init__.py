@@ -1,0 +1,1 @@
+"""The inspector under load: a hundred scripted agents in real time, pictures, what it costs."""

@@ -1,0 +1,1 @@
+"""What recorded sessions look like: figures, and a report of them."""

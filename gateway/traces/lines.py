@@ -1,0 +1,117 @@
+"""Lines of trace files: plain, gzip or zstd, and a count of those that could not be read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+import zstandard
+
+NAMED = 20
+"""Problems that are kept with their place; the others are only counted."""
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read at all; its text is one line."""
+
+
+@dataclass
+class Problems:
+    """What was skipped while reading."""
+
+    count: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, path: Path, line: int, what: str) -> None:
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(f"{path}:{line}: {what}")
+
+    def merge(self, other: Problems) -> None:
+        self.count += other.count
+        self.named += other.named[: NAMED - len(self.named)]
+
+
+def number(value: Any) -> float:
+    """A finite number that is not negative, or else `ValueError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
+        raise ValueError
+    return value
+
+
+def tokens(value: Any) -> int:
+    """A count, or else `ValueError`; None is none."""
+    return 0 if value is None else int(number(value))
+
+
+def explain(error: Exception) -> str:
+    """Why a record could not be read, without its content."""
+    if isinstance(error, orjson.JSONDecodeError):
+        return "no JSON"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return "a field of another type or value than expected"
+
+
+@contextmanager
+def opened(path: Path, read: Callable[[int], None] | None = None) -> Iterator[IO[bytes]]:
+    """A file to read, decompressed; ``read`` is told of the bytes read from the disk."""
+    with path.open("rb") as raw:
+        counted = io.BufferedReader(_Counted(raw, read)) if read else raw
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=counted) as file:
+                yield io.BufferedReader(file)
+        elif path.suffix == ".zst":
+            reader = zstandard.ZstdDecompressor().stream_reader(counted, read_across_frames=True)
+            yield io.BufferedReader(reader)
+        else:
+            yield counted
+
+
+def records(
+    lines: Iterator[bytes] | IO[bytes], path: Path, problems: Problems
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines' JSON objects with their numbers; a line that holds none is a problem. A file that
+    ends in the middle of its compressed stream ends there."""
+    number = 0
+    while True:
+        try:
+            line = next(iter(lines), None)
+        except (EOFError, OSError, zstandard.ZstdError):
+            problems.add(path, number + 1, "the file is torn")
+            return
+        if line is None:
+            return
+        number += 1
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            problems.add(path, number, explain(error))
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            problems.add(path, number, "no JSON object")
+
+
+class _Counted(io.RawIOBase):
+    def __init__(self, raw: IO[bytes], read: Callable[[int], None]) -> None:
+        self._raw, self._read = raw, read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        self._read(len(data))
+        return len(data)

@@ -1,0 +1,323 @@
+"""Reading traces of every format, and writing them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.idle import IdleKind
+from gateway.traces import kv_cache_tester, mooncake
+from gateway.traces.lines import TraceError
+from gateway.traces.load import Trace, load
+from gateway.traces.session import Chain, Session, Turn, expand, runs_of
+from tests.traces.sessions import MILLISECONDS, chains, pattern, sessions
+
+
+@given(st.lists(st.integers(0, 40)))
+def test_runs_hold_any_blocks(ids: list[int]) -> None:
+    assert expand(runs_of(ids)).tolist() == ids
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=12))
+def test_a_chain_gives_back_the_prompts_it_was_given(prompts: list[list[int]]) -> None:
+    chain = Chain()
+    session = Session("s")
+    session.turns = [Turn(0.0, 1, 1, **chain.add(np.array(ids, np.int64))) for ids in prompts]
+    assert chains(session) == prompts
+
+
+def written(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+KINDS: list[tuple[IdleKind, str]] = [
+    ("tool", "tool_use"),
+    ("human", "end_turn"),
+    ("human", ""),
+    ("tool", ""),
+]
+"""Idle kinds by stop reason; where there is none, the next turn's input tells."""
+
+
+@settings(max_examples=50)
+@given(sessions(), st.data())
+def test_kv_cache_tester_gives_back_what_it_can_hold(
+    found: list[Session], data: st.DataObject
+) -> None:
+    for session in found:
+        session.tool_tokens, session.system_tokens = 11_899, 2_926
+        kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=6, max_size=6))
+        if kinds[len(session.turns) - 1] == ("tool", ""):
+            kinds[len(session.turns) - 1] = ("human", "")
+        session.turns = [
+            replace(
+                turn,
+                api_s=data.draw(st.none() | MILLISECONDS),
+                first_token_s=data.draw(st.none() | MILLISECONDS),
+                idle_kind=kind,
+                stop=stop,
+                model=data.draw(st.sampled_from(["a", "b"])),
+            )
+            for turn, (kind, stop) in zip(session.turns, kinds, strict=False)
+        ]
+    again = [
+        session
+        for _, text in kv_cache_tester.dump(found)
+        for session in kv_cache_tester.sessions(json.loads(text), "here")
+    ]
+    assert again == found
+
+
+@settings(max_examples=50)
+@given(sessions(shared=True))
+def test_kv_cache_tester_keeps_what_sessions_share(found: list[Session]) -> None:
+    again = [
+        session
+        for _, text in kv_cache_tester.dump(found)
+        for session in kv_cache_tester.sessions(json.loads(text), "all")
+    ]
+    assert again == found
+
+
+@settings(max_examples=50)
+@given(sessions(), st.data())
+def test_kv_cache_tester_nests_sub_agents(found: list[Session], data: st.DataObject) -> None:
+    root, *children = found
+    for child in children:
+        child.id, child.parent = f"{root.id}/{child.id}", root.id
+        child.start_s = data.draw(st.integers(0, 5000)) * 1.0
+        child.agent_type = "Explore"
+    for each in found:
+        each.scope = root.id if children else ""
+    ((name, text),) = kv_cache_tester.dump(found)
+    again = kv_cache_tester.sessions(json.loads(text), "here")
+    assert name == root.id
+    assert again[0] == root
+    assert sorted(again, key=lambda s: s.id) == sorted(found, key=lambda s: s.id)
+
+
+@given(sessions(started_at=1_700_000_000.0) | sessions(shared=True, started_at=1_700_000_000.0))
+def test_mooncake_gives_back_what_it_can_hold(found: list[Session]) -> None:
+    reader = mooncake.Reader("f")
+    for line in mooncake.dump(found):
+        reader.feed(json.loads(line))
+    again = sorted(reader.sessions(), key=lambda s: s.id)
+    assert pattern(sorted(found, key=lambda s: s.id)) == pattern(again)
+    for a, b in zip(found, again, strict=True):
+        assert list(map(told, b.turns)) == list(map(told, a.turns))
+        assert b.started_at == a.started_at
+
+
+def told(turn: Turn) -> tuple[float, ...]:
+    return turn.at_s, turn.prompt_tokens, turn.output_tokens, turn.gap_s, turn.shared, turn.back
+
+
+def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> None:
+    def request(ms: int, tokens: int, ids: list[int]) -> dict[str, Any]:
+        return {"timestamp": ms, "input_length": tokens, "output_length": 5, "hash_ids": ids}
+
+    path = written(
+        tmp_path / "trace.jsonl",
+        request(0, 1000, [0, 1]),
+        request(500, 900, [0, 2]),
+        request(2_500, 1500, [0, 1, 3]),
+        request(4_000, 1200, [0, 2, 4]),
+    )
+    first, second = load([path]).sessions
+    assert first.block_tokens == 512
+    assert chains(first) == [[0, 1], [0, 1, 3]]
+    assert chains(second) == [[0, 2], [0, 2, 4]]
+    assert [turn.gap_s for turn in first.turns] == [0.0, 2.5]
+    assert first.scope == second.scope != ""
+
+
+def pair(
+    t: float, api_s: float, ids: list[int], think_s: float, **more: Any
+) -> list[dict[str, Any]]:
+    half = {"in": 64 * len(ids), "out": 7, "hash_ids": ids, "model": "m"}
+    return [
+        half | {"t": t, "type": "s", "input_types": ["text"], "stop": "", "api_time": api_s,
+                "think_time": think_s},
+        half | {"t": t + api_s, "type": "n", "input_types": [], "stop": "tool_use",
+                "api_time": api_s, "think_time": 0.0},
+    ]  # fmt: skip
+
+
+def test_the_two_halves_of_a_turn_are_one(tmp_path: Path) -> None:
+    agent = {"t": 8.0, "type": "subagent", "agent_id": "a1", "subagent_type": "Explore",
+             "requests": pair(8.0, 1.0, [9, 8], 0.0)}  # fmt: skip
+    requests = [*pair(0.0, 3.0, [1, 2], 0.0), *pair(7.0, 2.0, [1, 2, 3], 1.0), agent]
+    record = {"id": "x", "models": ["m"], "block_size": 64, "tool_tokens": 100,
+              "system_tokens": 28, "requests": requests}  # fmt: skip
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(record, indent=2))
+    root, child = load([path]).sessions
+    assert [(t.at_s, t.api_s, t.gap_s, t.idle_kind) for t in root.turns] == [
+        (0.0, 6.0, 0.0, "tool"),
+        (7.0, 4.0, 1.0, "tool"),
+    ]
+    assert (child.parent, child.agent_type, child.start_s) == ("x", "Explore", 8.0)
+    assert (root.tool_tokens, root.system_tokens) == (100, 28)
+
+
+CALL = {"session": "s", "turn": 0, "tool": "Bash", "args": "go test ./secret", "duration_s": 4.0}
+TURN = {"session": "s", "turn": 0, "ctx": 6_400, "out": 5, "gap_s": 4.1, "gap_kind": "tool", "t": 9}
+
+
+@pytest.mark.parametrize("order", [(TURN, CALL), (CALL, TURN)])
+def test_calls_are_added_to_their_turns_without_their_arguments(
+    tmp_path: Path, order: tuple[dict[str, Any], ...]
+) -> None:
+    files = [written(tmp_path / f"{n}.jsonl", record) for n, record in enumerate(order)]
+    (session,) = load(files).sessions
+    (call,) = session.turns[0].calls
+    assert (call.kind, call.program, call.sub, call.duration_s) == ("shell", "go", "test", 4.0)
+    assert "secret" not in repr(session)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_bad_lines_are_counted_and_named(tmp_path: Path, suffix: str) -> None:
+    lines = [
+        json.dumps(TURN),
+        "{half a li",
+        "[1]",
+        json.dumps(TURN | {"ctx": None}),
+        json.dumps(TURN),
+    ]
+    data = "\n".join(lines).encode()
+    path = tmp_path / f"trace{suffix}"
+    if suffix.endswith("gz"):
+        data = gzip.compress(data)
+    elif suffix.endswith("zst"):
+        data = zstandard.compress(data)
+    path.write_bytes(data)
+    trace = load([path])
+    assert [len(session.turns) for session in trace.sessions] == [2]
+    assert trace.problems.count == 3
+    assert trace.problems.named == [
+        f"{path}:2: no JSON",
+        f"{path}:3: no JSON object",
+        f"{path}:4: a field of another type or value than expected",
+    ]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_torn_file_gives_what_it_holds(tmp_path: Path, pack: Any) -> None:
+    path = tmp_path / ("t.jsonl.gz" if pack is gzip.compress else "t.jsonl.zst")
+    noise = np.random.default_rng(1).integers(0, 1 << 60, 20_000)
+    lines = [json.dumps(TURN | {"noise": int(n), "session": f"s{i}"}) for i, n in enumerate(noise)]
+    data = pack("\n".join(lines).encode())
+    path.write_bytes(data[: len(data) // 2])
+    trace = load([path])
+    assert 1_000 < len(trace.sessions) < 20_000
+    assert trace.problems.count >= 1
+
+
+def test_what_is_no_trace_is_told_and_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    path = written(tmp_path / "other.jsonl", {"a": 1})
+    (tmp_path / "notes.txt").write_text("not looked at in a directory")
+    trace = load([tmp_path])
+    assert (trace.sessions, trace.unknown) == ([], [path])
+    with pytest.raises(TraceError, match="no such file"):
+        load([tmp_path / "missing"])
+
+
+FIELDS = [
+    "t",
+    "type",
+    "in",
+    "out",
+    "hash_ids",
+    "requests",
+    "req",
+    "subs",
+    "bs",
+    "id",
+    "block_size",
+    "timestamp",
+    "payload",
+    "message",
+    "usage",
+    "sessionId",
+    "uuid",
+    "content",
+    "model",
+    "session",
+    "ctx",
+    "input_length",
+    "output_length",
+    "role",
+    "turn",
+    "s",
+    "r",
+    "b",
+    "sb",
+    "input_tokens",
+    "output_tokens",
+    "source",
+    "subagent",
+]
+JUNK = st.recursive(
+    st.none() | st.integers() | st.floats() | st.sampled_from(["", "user", "message"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5)
+    ),
+    max_leaves=8,
+)
+SEEDS: list[dict[str, Any]] = [
+    {"req": [{}], "bs": 64},
+    {"requests": [{}], "block_size": 64},
+    TURN,
+    {"hash_ids": [1], "input_length": 5},
+    {"type": "response_item", "payload": {}},
+    {"type": "user", "message": {}},
+]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+@given(st.lists(JUNK, max_size=4))
+def test_nothing_in_a_file_is_fatal(
+    tmp_path_factory: pytest.TempPathFactory, junk: list[Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("junk")
+    for number, seed in enumerate(SEEDS):
+        merged = [seed | each if isinstance(each, dict) else each for each in junk]
+        written(folder / f"{number}.jsonl", seed, *merged)
+    trace = load([folder])
+    assert isinstance(trace, Trace)
+    for session in trace.sessions:
+        assert len(list(session.chains())) == len(session.turns)
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+def test_the_real_sessions_survive_an_export(tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    with gzip.open(SHARED, "rt") as lines:
+        few.write_text("".join(line for _, line in zip(range(40), lines, strict=False)))
+    found = load([few]).sessions
+    assert any(session.parent for session in found)
+    for name, text in kv_cache_tester.dump(found):
+        (tmp_path / f"{name}.json").write_bytes(text)
+    few.unlink()
+    trace = load([tmp_path])
+    assert trace.problems.count == 0
+    again = {session.id: session for session in trace.sessions}
+    assert set(again) == {session.id for session in found}
+    for session in found:
+        assert chains(again[session.id]) == chains(session)
+        for a, b in zip(again[session.id].turns, session.turns, strict=True):
+            assert replace(a, at_s=b.at_s, shared=b.shared, fresh=b.fresh, back=b.back) == b
+            assert a.at_s == pytest.approx(b.at_s)
