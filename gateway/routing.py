@@ -51,9 +51,10 @@ FOLLOW_TOKENS: Final = 32_768
 """System prompts are shorter, and soon on every pod."""
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Candidate:
-    """What one pod would cost this turn, in seconds."""
+    """What one pod would cost this turn, in seconds. Not frozen: a turn makes one for each pod, and
+    a frozen one takes three times as long to make."""
 
     pod: Pod
     resident_tokens: int

@@ -73,8 +73,9 @@ def reuse(
         from_others = 0
         starts = np.flatnonzero(np.diff(last[:known], prepend=-1))
         lengths = np.diff(starts, append=known)
-        for entry, count in zip(last[starts].tolist(), lengths.tolist(), strict=True):
-            above.append(stack.after(entry))
+        runs = list(zip(last[starts].tolist(), lengths.tolist(), strict=True))
+        above += [stack.after(entry) for entry, _ in runs]  # all hits are found before any is used
+        for entry, count in runs:
             length.append(count * size)
             stack.add(entry, -count * size)
             if owner[entry] != turn.session:
