@@ -163,10 +163,10 @@ class Place:
     since: float
     links: tuple[tuple[int, int], ...]
     """Shared prefixes: (link, tokens it adds to the one before)."""
-    own_tokens: int
-    """Tokens beyond the shared prefixes."""
     charged_at: float
     shared_tokens: int = field(init=False)
+    own_tokens: int = field(init=False)
+    """Tokens beyond the shared prefixes."""
     running: int = 0
     idle_since: float = 0.0
     idle_kind: IdleKind | None = None
@@ -176,6 +176,7 @@ class Place:
 
     def __post_init__(self) -> None:
         self.shared_tokens = sum(tokens for _, tokens in self.links)
+        self.own_tokens = max(0, self.ask.tokens - self.shared_tokens)
 
     @property
     def tokens(self) -> int:
@@ -234,7 +235,7 @@ class Ticket:
     kept: bool = False
     """Its session kept its place during the gap before."""
     expected_wait_s: float = 0.0
-    """Of a held turn: its fair share of waiting."""
+    """Of a held turn: how soon a place was to be expected when it came."""
     place: Place | None = None
     open: bool = True
     entries: tuple[Entry, ...] = ()
@@ -584,8 +585,7 @@ class Admission:
             held_for.others = held_for.others.without(lent.tokens)
         if found is None:
             links = ask.arrival.steps if ask.lane == "agent" else ()
-            own_tokens = max(0, ask.tokens - sum(tokens for _, tokens in links))
-            place = Place(sid, ask, now, links, own_tokens, charged_at=now)
+            place = Place(sid, ask, now, links, charged_at=now)
             book.put(place)
             self._places[sid] = (book, place)
         else:

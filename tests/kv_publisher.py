@@ -82,9 +82,7 @@ class Publisher:
 
     async def __aenter__(self) -> Publisher:
         self._context = zmq.asyncio.Context()
-        self._pub = self._context.socket(zmq.PUB)
-        self._pub.set_hwm(100_000)
-        self._pub.bind(self.endpoint)
+        self.bind()
         self._replaying: asyncio.Task[None] | None = None
         if self.replay_port is not None:
             self._router = self._context.socket(zmq.ROUTER)
@@ -104,6 +102,22 @@ class Publisher:
             self._router.close(linger=0)
         self._pub.close(linger=0)
         self._context.term()
+
+    def bind(self) -> None:
+        """Open the socket of the messages: an XPUB, a PUB that also tells who subscribes."""
+        self._pub = self._context.socket(zmq.XPUB)
+        self._pub.set_hwm(100_000)
+        self._pub.bind(self.endpoint)
+
+    def unbind(self) -> None:
+        """Break the connections off."""
+        self._pub.close(linger=0)
+
+    async def subscribed(self) -> None:
+        """Wait for the subscription: what is sent before it comes reaches nobody, although the
+        subscriber's handshake is over."""
+        async with asyncio.timeout(10):
+            await self._pub.recv()
 
     async def send(self, *events: dict[str, Any], lost: bool = False) -> None:
         """Publish one batch; with ``lost`` it reaches nobody, and only a replay has it."""

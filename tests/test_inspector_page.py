@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,27 +15,22 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 
 from gateway.embedded.fleet import EmbeddedFleet
 from tests.crowded import ENGINE, Gate, SmallPod, agent_body, held, of
+from tests.programs import program
 from tests.served import Running, gateway_over, until
 from tests.test_inspector import fill
 
 PATIENCE_MS = 20_000
 expect.set_options(timeout=PATIENCE_MS)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(
-        CHROMIUM is None and not os.environ.get("CI"), reason="there is no chromium here"
-    ),
-]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    assert CHROMIUM is not None, "CI needs chromium"
+    chromium = shutil.which("chromium-browser") or program("chromium", "chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
         yield browser
         await browser.close()

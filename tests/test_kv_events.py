@@ -46,6 +46,7 @@ async def following(publisher: Publisher) -> AsyncIterator[Follower]:
     follower = Follower(publisher)
     task = asyncio.create_task(follower.subscription.run())
     try:
+        await publisher.subscribed()
         await until(lambda: follower.ledger.live, 10)
         yield follower
     finally:
@@ -163,6 +164,7 @@ async def test_an_engine_that_starts_anew_has_an_empty_cache(replays: bool, furt
             async with again:
                 for _ in range(9 if further else 1):
                     await again.send(stored("new", None, 21, 22), lost=True)
+                await again.subscribed()
                 await until(lambda: follower.ledger.live, 10)
                 await again.send(stored("after", None, 31))
                 await follower.shows("after", 1)
@@ -177,13 +179,11 @@ async def test_a_connection_that_breaks_loses_nothing_if_the_engine_is_the_same(
     async with Publisher() as pod, following(pod) as follower:
         await pod.send(stored("s", None, 1, 2))
         await follower.shows("s", 2)
-        pod._pub.unbind(pod.endpoint)
+        pod.unbind()
         for monitor_break in range(2):
             await pod.send(stored("s", 2 + monitor_break, 3 + monitor_break), lost=True)
-        pod._pub.close(linger=0)
         await follower.shows("s", None)
-        pod._pub = pod._context.socket(1)
-        pod._pub.bind(pod.endpoint)
+        pod.bind()
         await follower.shows("s", 4)
         assert follower.troubles["restarted"] == follower.troubles["lost"] == 0
 
@@ -280,6 +280,7 @@ async def test_the_fleet_follows_its_pods_and_goes_by_belief_when_they_fall_sile
             (pod,) = gateway.gateway.fleet
             ledger = pod.residency.ledger
             assert ledger is not None
+            await events.subscribed()
             await until(lambda: ledger.live)
             pod.residency.touch("s", 5_000, [])
             await events.send(stored("s", None, 1, 2))

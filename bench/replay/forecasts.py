@@ -35,7 +35,7 @@ def oracle(session: Session, k: int) -> Curve | None:
     if k + 1 == len(session):
         return None
     gap_s = max(session[k + 1].gap_s, LEAST_S)
-    return Curve(((gap_s, 1.0), (gap_s + 0.001, 0.0)), 1.0)
+    return Curve(((gap_s, 1.0), (gap_s + LEAST_S, 0.0)), 1.0)
 
 
 def by_class(sessions: Sequence[Session]) -> Forecaster:

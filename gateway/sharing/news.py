@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 
 from gateway.idle import IdleKind
+from gateway.sharing.wire import decoded
 
 VERSION: Final = 1
 MAX_NEWS_BYTES: Final = 4 * 1024 * 1024
@@ -82,12 +83,4 @@ _decode = msgspec.msgpack.Decoder(News).decode
 
 def unpack(data: bytes) -> News:
     """Raises `NewsError`."""
-    if len(data) > MAX_NEWS_BYTES:
-        raise NewsError("too long")
-    try:
-        news = _decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise NewsError(type(error).__name__) from None
-    if news.version != VERSION:
-        raise NewsError(f"version {news.version}")
-    return news
+    return decoded(_decode, data, MAX_NEWS_BYTES, VERSION, NewsError)

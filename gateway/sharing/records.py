@@ -16,6 +16,7 @@ from gateway.identity import RequestClass
 from gateway.idle import IdleKind
 from gateway.prefix import Skeleton, skeleton_of
 from gateway.sessions import UNNAMED_CALL, Session
+from gateway.sharing.wire import decoded
 
 VERSION: Final = 1
 MAX_RECORD_BYTES: Final = 64 * 1024
@@ -127,14 +128,7 @@ def pack(session: Session, marks: tuple[bytes, ...], wall_minus_now_s: float) ->
 
 def unpack(data: bytes) -> SessionRecord:
     """Raises `RecordError`: what another version, or somebody else, has written is not used."""
-    if len(data) > MAX_RECORD_BYTES:
-        raise RecordError("too long")
-    try:
-        record = _decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise RecordError(type(error).__name__) from None
-    if record.version != VERSION:
-        raise RecordError(f"version {record.version}")
+    record = decoded(_decode, data, MAX_RECORD_BYTES, VERSION, RecordError)
     counts = (record.turns, record.tool_calls, record.breaks, record.lost_tokens, record.segments)
     running = record.left_running + record.woken_later
     if not (

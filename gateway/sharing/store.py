@@ -12,8 +12,8 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from math import inf
 from typing import Any, Final, Never
 
@@ -159,55 +159,45 @@ class Store:
 
     async def last(self, stream: str) -> str:
         """The id of a stream's last entry. Raises `AwayError`."""
-        if not self.up:
-            raise AwayError
-        try:
+        with self._asking_beside():
             entries: Any = await self._client.xrevrange(f"{self.prefix}{stream}", count=1)
-        except (RedisError, OSError) as error:
-            raise AwayError from error
         return entries[0][0].decode() if entries else "0-0"
 
     async def follow(self, stream: str, after: str, count: int) -> list[tuple[str, bytes]]:
         """Entries of a stream after one of its ids, with theirs. Raises `AwayError`."""
-        if not self.up:
-            raise AwayError
-        try:
+        with self._asking_beside():
             entries: Any = await self._client.xrange(
                 f"{self.prefix}{stream}", min=f"({after}", count=count
             )
-        except (RedisError, OSError) as error:
-            raise AwayError from error
         return [(i.decode(), fields.get(b"d", b"")) for i, fields in entries or ()]
 
     async def read(self, key: str, longest: int) -> bytes | None:
         """A value, if it is there and no longer than ``longest``. Raises `AwayError`."""
-        if not self.up:
-            raise AwayError
-        try:
+        with self._asking_beside():
             if await self._client.strlen(self.prefix + key) > longest:
                 return None
             value: Any = await self._client.get(self.prefix + key)
-        except (RedisError, OSError) as error:
-            raise AwayError from error
         return value or None
 
     async def claim(self, key: str, who: str, ttl_s: int) -> bool:
         """Whether nobody has claimed it for as long. Raises `AwayError`."""
-        if not self.up:
-            raise AwayError
-        try:
+        with self._asking_beside():
             return bool(await self._client.set(self.prefix + key, who, nx=True, ex=ttl_s))
-        except (RedisError, OSError) as error:
-            raise AwayError from error
 
     @asynccontextmanager
     async def _pipeline(self) -> AsyncIterator[Any]:
-        if not self.up:
-            raise AwayError
-        try:
+        with self._asking_beside():
             async with self._client.pipeline(transaction=False) as pipe:
                 yield pipe
                 await pipe.execute()
+
+    @contextmanager
+    def _asking_beside(self) -> Iterator[None]:
+        """Off a turn's way. Raises `AwayError` where the store is away, or turns out to be."""
+        if not self.up:
+            raise AwayError
+        try:
+            yield
         except (RedisError, OSError) as error:
             raise AwayError from error
 

@@ -31,7 +31,7 @@ from gateway.idle import (
     went_to_background,
 )
 from gateway.traces.lines import tokens
-from gateway.traces.session import Call, Growing, Session, Turn
+from gateway.traces.session import Call, Growing, Session, Turn, Usage
 
 CLIENT: Final = "claude-code"
 _SYNTHETIC: Final = "<synthetic>"
@@ -46,18 +46,11 @@ def is_entry(record: dict[str, Any]) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Usage:
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-
-    @classmethod
-    def of(cls, usage: dict[str, Any]) -> _Usage:
-        cached = tokens(usage.get("cache_read_input_tokens"))
-        written = tokens(usage.get("cache_creation_input_tokens"))
-        prompt = tokens(usage["input_tokens"]) + cached + written
-        return cls(prompt, cached, tokens(usage["output_tokens"]))
+def _usage_of(usage: dict[str, Any]) -> Usage:
+    cached = tokens(usage.get("cache_read_input_tokens"))
+    written = tokens(usage.get("cache_creation_input_tokens"))
+    prompt = tokens(usage["input_tokens"]) + cached + written
+    return Usage(prompt, cached, tokens(usage["output_tokens"]))
 
 
 @dataclass(slots=True)
@@ -67,7 +60,7 @@ class _Open:
     sent_at: float
     ended_at: float
     model: str
-    usage: _Usage
+    usage: Usage
     compacted: bool
     resumed: IdleKind | None
     """What ended the wait before it."""
@@ -223,7 +216,7 @@ class Reader:
             return
         at = _unix(record["timestamp"])
         name = str(message["id"])
-        usage = _Usage.of(message["usage"])
+        usage = _usage_of(message["usage"])
         turn = stream.by_message.get(name)
         if turn is None:
             sent_at = self._sent_at.get(str(record.get("requestRef")), stream.heard_at)

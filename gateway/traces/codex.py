@@ -17,7 +17,7 @@ import orjson
 from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind, idle_after, waited_for
 from gateway.traces.lines import tokens
-from gateway.traces.session import Call, Growing, Session, Turn
+from gateway.traces.session import Call, Growing, Session, Turn, Usage
 
 CLIENT: Final = "codex"
 _KINDS: Final = frozenset(
@@ -34,19 +34,12 @@ def is_entry(record: dict[str, Any]) -> bool:
     return record.get("type") in _KINDS and isinstance(record.get("payload"), dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Usage:
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-
-    @classmethod
-    def of(cls, usage: dict[str, Any]) -> _Usage:
-        return cls(
-            tokens(usage["input_tokens"]),
-            tokens(usage.get("cached_input_tokens")),
-            tokens(usage["output_tokens"]),
-        )
+def _usage_of(usage: dict[str, Any]) -> Usage:
+    return Usage(
+        tokens(usage["input_tokens"]),
+        tokens(usage.get("cached_input_tokens")),
+        tokens(usage["output_tokens"]),
+    )
 
 
 @dataclass(slots=True)
@@ -56,7 +49,7 @@ class _Open:
     resumed: IdleKind | None
     compacted: bool
     model: str
-    usage: _Usage | None = None
+    usage: Usage | None = None
     closed: bool = False
     calls: dict[str, tuple[ToolCall, float]] = field(default_factory=dict)
 
@@ -91,14 +84,14 @@ class Reader:
         elif kind == "response_item":
             self._item(payload, at)
         elif kind == "token_usage_record":
-            usage = _Usage.of(payload["usage"])
+            usage = _usage_of(payload["usage"])
             self._records = True
             turn = self._current(at)
             turn.usage, turn.closed = usage, True
         elif kind == "event_msg" and payload.get("type") == "token_count" and not self._records:
             told = (payload.get("info") or {}).get("last_token_usage")
             if told and self._turns and self._turns[-1].usage is None:
-                self._turns[-1].usage = _Usage.of(told)
+                self._turns[-1].usage = _usage_of(told)
 
     def _item(self, item: dict[str, Any], at: float) -> None:
         kind = item["type"]

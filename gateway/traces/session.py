@@ -46,6 +46,15 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a model call, as a transcript tells them. ``prompt_tokens`` has the cached ones."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One model call.
 

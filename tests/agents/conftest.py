@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.agents.clients import Client, UnavailableError
+from tests.agents.clients import CLAUDE_CODE, Client, UnavailableError
 from tests.agents.serving import Serving, serving
 
 AGENT_TIMEOUT_S = 90
@@ -74,3 +76,26 @@ def finish(process: subprocess.Popen[str], stdin: str = "") -> tuple[str, str]:
 @pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
+
+
+@pytest.fixture
+def claude(
+    gateway: Serving, install: Callable[[Client], Path], workplace: Workplace
+) -> Callable[..., dict[str, Any]]:
+    """Runs Claude Code with a prompt; gives the result it prints."""
+    program = install(CLAUDE_CODE)
+
+    def run(task: str, *options: str) -> dict[str, Any]:
+        out, _ = workplace.run(
+            program,
+            *("-p", task, "--output-format", "json", "--model", "claude-sonnet-4-5"),
+            *("--dangerously-skip-permissions", *options),
+            ANTHROPIC_BASE_URL=gateway.url,
+            ANTHROPIC_AUTH_TOKEN="any",
+            IS_SANDBOX="1",
+            DISABLE_AUTOUPDATER="1",
+        )
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+    return run

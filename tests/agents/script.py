@@ -12,6 +12,11 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
+def bash(command: str, **more: Any) -> dict[str, Any]:
+    """A call of Claude Code's shell."""
+    return call("Bash", command=command, description="a probe", **more)
+
+
 def turn(*calls: dict[str, Any], text: str | None = None) -> dict[str, Any]:
     """One answer; without calls it ends the run."""
     answer: dict[str, Any] = {"tool_calls": list(calls)}

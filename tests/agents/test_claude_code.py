@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.agents.clients import CLAUDE_CODE, Client
-from tests.agents.conftest import Workplace
-from tests.agents.script import call, prompt, turn
+from tests.agents.script import bash, call, prompt, turn
 from tests.agents.serving import Serving
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(600)]
-
-
-def bash(command: str, **more: Any) -> dict[str, Any]:
-    return call("Bash", command=command, description="a probe", **more)
-
-
-@pytest.fixture
-def claude(
-    gateway: Serving, install: Callable[[Client], Path], workplace: Workplace
-) -> Callable[..., dict[str, Any]]:
-    """Runs Claude Code with a prompt; gives the result it prints."""
-    program = install(CLAUDE_CODE)
-
-    def run(task: str, *options: str) -> dict[str, Any]:
-        out, _ = workplace.run(
-            program,
-            *("-p", task, "--output-format", "json", "--model", "claude-sonnet-4-5"),
-            *("--dangerously-skip-permissions", *options),
-            ANTHROPIC_BASE_URL=gateway.url,
-            ANTHROPIC_AUTH_TOKEN="any",
-            IS_SANDBOX="1",
-            DISABLE_AUTOUPDATER="1",
-        )
-        result: dict[str, Any] = json.loads(out)
-        return result
-
-    return run
 
 
 def test_a_run_with_a_sub_agent_is_two_sessions_of_one_group(

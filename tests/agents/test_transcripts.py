@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import pytest
 from gateway.connect import CLIENTS
 from gateway.traces.load import load
 from gateway.traces.session import Call, Session
-from tests.agents.clients import CLAUDE_CODE, CODEX, Client
+from tests.agents.clients import CODEX, Client
 from tests.agents.conftest import Workplace
-from tests.agents.script import call, prompt, turn
+from tests.agents.script import bash, call, prompt, turn
 from tests.agents.serving import Serving
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(600)]
@@ -42,24 +41,10 @@ def agrees(session: Session, served: dict[str, Any], turns: list[dict[str, Any]]
 
 
 def test_claude_code(
-    gateway: Serving, install: Callable[[Client], Path], workplace: Workplace
+    gateway: Serving, claude: Callable[..., dict[str, Any]], workplace: Workplace
 ) -> None:
-    program = install(CLAUDE_CODE)
-
-    def bash(command: str, **more: Any) -> dict[str, Any]:
-        return call("Bash", command=command, description="a probe", **more)
-
     def run(task: str, *options: str) -> str:
-        out, _ = workplace.run(
-            program,
-            *("-p", task, "--output-format", "json", "--model", "claude-sonnet-4-5"),
-            *("--dangerously-skip-permissions", *options),
-            ANTHROPIC_BASE_URL=gateway.url,
-            ANTHROPIC_AUTH_TOKEN="any",
-            IS_SANDBOX="1",
-            DISABLE_AUTOUPDATER="1",
-        )
-        name: str = json.loads(out)["session_id"]
+        name: str = claude(task, *options)["session_id"]
         return name
 
     errand = prompt("Report.", turn(bash("sleep 0.4; echo below")), turn(text="Nothing."))

@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.sharing.redis_server import RedisServer, required
+from tests.programs import program
+from tests.sharing.redis_server import RedisServer
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis that runs."""
-    required()
+    program("redis-server", "redis-server")
     server = RedisServer(tmp_path)
     server.start()
     try:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
-
-import pytest
 
 
 class RedisServer:
@@ -57,12 +53,3 @@ class RedisServer:
             encoding="utf-8",
         )
         return done.stdout
-
-
-def required() -> None:
-    """Skip where there is no Redis; in CI that is a failure."""
-    if shutil.which("redis-server") is None:
-        reason = "redis-server is not installed (Debian: apt-get install redis-server)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)

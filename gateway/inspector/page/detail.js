@@ -399,7 +399,7 @@ function explanation(turn, reasons, before, id, seconds) {
     fact(
       "Held",
       h("b", {}, still ? `for ${span(seconds)} so far` : span(hold.seconds)),
-      `: ${HELD[hold.reason] ?? hold.reason}.${size} ${others}; its fair share of waiting was ${span(hold.expected_wait_s)}.${hold.priority === "batch" ? " It is a batch turn." : ""}`,
+      `: ${HELD[hold.reason] ?? hold.reason}.${size} ${others}; a place was expected after ${span(hold.expected_wait_s)}.${hold.priority === "batch" ? " It is a batch turn." : ""}`,
     );
     fact("On arrival", costs(hold.offered));
   }
