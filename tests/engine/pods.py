@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from tests.engine import tiny_model
+from tests.ports import free_port
 
 MODEL = "tiny"
 BLOCK_SIZE_TOKENS = 32
@@ -31,7 +31,10 @@ class VllmPod:
     log: Path
 
     def log_tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+        """Its last lines, and before them those that name an error, whose cause comes first."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines[:-20] if re.search(r"\bERROR\b|Error\b", line)]
+        return "\n".join(errors[:20] + lines[-20:])
 
 
 @contextlib.contextmanager
@@ -104,7 +107,7 @@ def _ready_gateway(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def _spawn(model: Path, log: Path, launch: Launch) -> VllmPod:
-    port = _free_port()
+    port = free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model.name, "--served-model-name", MODEL),
@@ -163,9 +166,3 @@ def _signal(pod: VllmPod, number: signal.Signals) -> None:
     """To the whole group: the engine core is a process of its own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pod.process.pid, number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
