@@ -752,27 +752,36 @@ class Admission:
                 return
         if book.claim is not None:
             return
-        spare = sum(
-            book.freed_tokens(place)
-            for rate, place in dispensable
-            if rate < inf and book.places.get(place.sid) is place
-        )
-        most_tokens = book.room_tokens + spare
-        if most_tokens <= 0 and book.places:
-            return
-        if agents.least_tokens > most_tokens and book.places:
+        most_tokens = self._most_tokens(book, dispensable)
+        if agents.least_tokens > most_tokens:
             return
         looked_at = 0
         for ticket in agents.next(book.pod.name, self._shares.debts(), now):
             if looked_at >= LOOK_AHEAD:
                 break
             looked_at += 1
-            fewest_tokens = ticket.ask.tokens - ticket.shared_tokens
-            if (fewest_tokens > most_tokens and book.places) or not self._may_go(ticket, book, now):
+            if not self._may_go(ticket, book, now):
+                continue
+            if book.additional_tokens(ticket.ask) > most_tokens:
                 continue
             if self._make_room(book, ticket.ask, dispensable, False, now):
                 self._release(ticket, book, now)
+                most_tokens = self._most_tokens(book, dispensable)
+                if agents.least_tokens > most_tokens:
+                    return
                 looked_at = 0
+
+    @staticmethod
+    def _most_tokens(book: Book, dispensable: list[tuple[float, Place]]) -> float:
+        """The largest turn that could have room now, idle places given up for it."""
+        if not book.places:
+            return inf
+        spare_tokens = sum(
+            book.freed_tokens(place)
+            for rate, place in dispensable
+            if rate < inf and book.places.get(place.sid) is place
+        )
+        return max(0.0, book.room_tokens + spare_tokens)
 
     def _shed(self, book: Book, now: float) -> None:
         """Give up the idle places least worth keeping while those of the pod exceed its cache."""

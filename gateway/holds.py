@@ -196,7 +196,10 @@ class HoldQueue(Generic[H]):
 
 
 def _valid(entry: Entry) -> bool:
-    return any(entry is mine for mine in entry[2].entries)
+    for mine in entry[2].entries:  # twice as fast as any()
+        if mine is entry:
+            return True
+    return False
 
 
 def _pick(

@@ -382,7 +382,10 @@ class Predictor:
         if self.learn_shared:
             place = kind + "+" if len(basis.calls) > 1 else kind
             stated = forecast.stated(gap_s)
-            self.warps.setdefault(place, Warp()).add(stated)
+            warp = self.warps.get(place)
+            if warp is None:
+                warp = self.warps[place] = Warp()
+            warp.add(stated)
             if self.delta is not None:
                 self.delta.reached(place, stated)
         if durations_s is not None:

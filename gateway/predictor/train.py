@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gateway.dialects.turn import ToolCall
 from gateway.predictor.correction import Correction
+from gateway.predictor.features import features_of
 from gateway.predictor.forecast import Forecast
 from gateway.predictor.grid import BINS, bin_of, log_s
 from gateway.predictor.model import MAX_CALLS, CallBasis, Context, Predictor, Returns
@@ -26,12 +27,15 @@ from gateway.predictor.records import call_of, read
 from gateway.predictor.table import TRUST, N
 from gateway.predictor.warp import Warp
 
-TREES: Final = 200
+TREES: Final = 300
 DEPTH: Final = 6
 RATE: Final = 0.13
 FOLDS: Final = 3
 CALIBRATION_FOLDS: Final = 3
 SEED: Final = 7
+SHAKEN_SESSION: Final = 0.3
+SHAKEN_COMMAND: Final = 0.5
+"""Standard deviations of log10 of the scales of `shaken`."""
 
 CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
 
@@ -183,25 +187,50 @@ PRIOR_WEIGHT: Final = 100.0
 """Gaps that a prior counts for at most."""
 
 
-def rows_of(
-    sessions: Sequence[Recorded], folds: int = FOLDS
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features and bins of all calls, each seen with priors from sessions of other folds."""
+def rows_of(sessions: Sequence[Recorded]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features and bins of calls as three kinds of traffic would show them: each session as one
+    more of those that the priors are from, with priors from sessions of other folds; as another
+    organisation's, with priors from all others; and as it would run on machines of its own
+    (`shaken`). So the trees learn when to believe the priors, and when the session itself."""
+    folds = [str(number % FOLDS) for number in range(len(sessions))]
+    owners = [session.source.partition("/")[0] for session in sessions]
     xs: list[NDArray[np.float32]] = []
     ys: list[int] = []
-    for fold in range(folds):
-        predictor = nodes_of([s for i, s in enumerate(sessions) if i % folds != fold])
-        predictor.learn_shared = False
-        predictor.keep_features = True
-        for number, session in enumerate(sessions):
-            if number % folds != fold:
-                continue
-            # Half of the sessions as gateways see them, half call by call.
-            for turn, place, call, _ in replay(predictor, session, in_order=number % 2 == 1):
-                assert call.x is not None
-                xs.append(call.x)
-                ys.append(bin_of(log_s(turn.durations_s[place])))
+    for groups in (folds, owners):
+        for group in sorted(set(groups)):
+            predictor = nodes_of([s for s, g in zip(sessions, groups, strict=True) if g != group])
+            predictor.learn_shared = False
+            predictor.keep_features = True
+            for number, session in enumerate(sessions):
+                if groups[number] != group:
+                    continue
+                for seen in (session, shaken(session, number)) if groups is folds else (session,):
+                    # Half of the sessions as gateways see them, half call by call.
+                    for turn, place, call, _ in replay(predictor, seen, in_order=number % 2 == 1):
+                        assert call.x is not None
+                        xs.append(call.x)
+                        ys.append(bin_of(log_s(turn.durations_s[place])))
     return np.array(xs, np.float32), np.array(ys)
+
+
+def shaken(session: Recorded, seed: int) -> Recorded:
+    """The session with all times scaled at random, and those of each of its commands once more: the
+    same calls on other machines, in other repositories (domain randomisation: Tobin et al., IROS
+    2017)."""
+    rng = np.random.default_rng((SEED, seed))
+    whole = rng.normal(0, SHAKEN_SESSION)
+    scales: dict[tuple[str, ...], float] = {}
+    made = Recorded(session.source, session.name + " shaken", session.client)
+    for turn in session.turns:
+        durations_s = []
+        for call, duration_s in zip(turn.calls, turn.durations_s, strict=True):
+            words, _ = features_of(call)
+            command = words.tool, words.program, words.sub
+            if command not in scales:
+                scales[command] = 10 ** (whole + rng.normal(0, SHAKEN_COMMAND))
+            durations_s.append(max(duration_s, 1e-3) * scales[command])
+        made.turns.append(replace(turn, durations_s=durations_s))
+    return made
 
 
 def correction_of(
@@ -220,9 +249,9 @@ def correction_of(
         learning_rate=RATE,
         boosting_type="Plain",
         bootstrap_type="Bernoulli",
-        subsample=0.7,
-        rsm=0.4,
-        border_count=200,
+        subsample=0.35,
+        rsm=0.25,
+        border_count=64,
         random_strength=2,
         leaf_estimation_iterations=1,
         thread_count=threads,
