@@ -205,12 +205,12 @@ def new_key(tenant: Annotated[str, typer.Argument(help="Who will use it.")]) -> 
 def replay(context: typer.Context) -> None:
     """Replay your traces through vLLM's scheduler under each policy (docs/admission.md)."""
     try:
-        from bench.replay.__main__ import app as replayer
+        from bench.replay.__main__ import run as replayer
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "bench":
             raise
         fail("replay: the replay is part of a clone of the repository, not of the package")
-    replayer(args=context.args, prog_name="cachewise replay")
+    replayer(context.args, "cachewise replay")
 
 
 app.command("analyze")(analyze)

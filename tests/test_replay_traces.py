@@ -79,3 +79,35 @@ def test_ratios_are_to_the_same_load_and_seed() -> None:
     rows = [row("stock", 1, 10.0), row("stock", 2, 30.0), row("ours", 2, 10.0)]
     report.compare(rows, "stock")
     assert rows[2]["ratios"] == dict.fromkeys(report.RATIOS, 3.0)
+
+
+def mooncake(session: str, ids: list[int], size: int) -> str:
+    line = {"timestamp": len(ids), "input_length": size * len(ids), "output_length": 9}
+    return json.dumps(line | {"hash_ids": ids, "session_id": session, "delay": 1_000})
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(16, 1), (64, 4), (512, 32)])
+def test_what_sessions_share_and_the_size_of_blocks_are_kept(
+    tmp_path: Path, size: int, blocks: int
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [
+        mooncake(name, [1, 2, 3, 4, *range(base, base + k)], size)
+        for name, base in (("a", 100), ("b", 200))
+        for k in range(1, 14)
+    ]
+    path.write_text("\n".join(lines))
+    a, b = traces.load([path])
+    tokens = [size * (4 + k) for k in range(1, 14)]
+    assert [len(t.blocks) for t in a] == [max(1, n // traces.BLOCK_TOKENS) for n in tokens]
+    assert a[-1].blocks[:blocks] == b[-1].blocks[:blocks]
+    assert min(a[-1].blocks) >= traces.SHARED
+    assert not set(a[-1].blocks[blocks:]) & set(b[-1].blocks)
+
+
+def test_other_files_of_a_directory_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"theme": "dark"}')
+    (tmp_path / "trace.jsonl").write_text("\n".join(turn(6_400 + 640 * i) for i in range(10)))
+    assert len(traces.load([tmp_path])) == 1
+    with pytest.raises(traces.TraceError, match=r"settings\.json"):
+        traces.load([tmp_path / "settings.json", tmp_path / "trace.jsonl"])

@@ -19,13 +19,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from bench.engine.roofline import Roofline
+
 SCALE = 16  # tokens that one simulated token stands for
 BATCH_TOKENS = 2048
 
-PARAMETERS, LAYERS, WIDTH = 32.5e9, 64, 5120
-KV_BYTES = 262_144
-FLOPS, BYTES_S = 2 * 990e12 * 0.5, 2 * 4.8e12 * 0.7
-OVERHEAD_S = 0.002
+LAYERS, WIDTH = 64, 5120
 
 _OPT = {
     "architectures": ["OPTForCausalLM"],
@@ -106,7 +105,7 @@ def complete(scheduler: Any, output: Any, next_token: Callable[[Request], int]) 
     return [r for r in requests if r.is_finished()]
 
 
-def step_s(scheduled: Any, contexts: dict[str, int]) -> float:
+def step_s(scheduled: Any, contexts: dict[str, int], roofline: Roofline) -> float:
     """Time of a step; a simulated step with decoding in it is `SCALE` decode iterations."""
     new = {r.req_id: r.num_computed_tokens for r in scheduled.scheduled_new_reqs}
     cached = scheduled.scheduled_cached_reqs
@@ -119,12 +118,8 @@ def step_s(scheduled: Any, contexts: dict[str, int]) -> float:
             decoding = True
             kv_tokens += c
         else:
-            t = SCALE * n
-            flops += 2 * PARAMETERS * t + 4 * LAYERS * WIDTH * (t * c + t * t / 2)
-    seconds = OVERHEAD_S + flops / FLOPS
-    if decoding:
-        seconds += SCALE * (2 * PARAMETERS + kv_tokens * KV_BYTES) / BYTES_S
-    return seconds
+            flops += roofline.prefill_flops(SCALE * n, c)
+    return roofline.step_s(flops, SCALE * decoding, kv_tokens)
 
 
 def count_evictions(scheduler: Any) -> Callable[[], int]:

