@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import orjson
 import zstandard
@@ -73,6 +73,20 @@ def opened(path: Path, read: Callable[[int], None] | None = None) -> Iterator[IO
             yield io.BufferedReader(reader)
         else:
             yield counted
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, compressed if it is named so."""
+    with path.open("wb") as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                yield cast("IO[bytes]", file)
+        elif path.suffix == ".zst":
+            with zstandard.ZstdCompressor().stream_writer(raw, closefd=False) as file:
+                yield file
+        else:
+            yield raw
 
 
 def records(

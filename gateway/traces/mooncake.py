@@ -8,6 +8,8 @@ Otherwise a request goes on with the session whose last prompt it extends by all
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -104,23 +106,53 @@ def dump(sessions: Iterable[Session]) -> Iterator[bytes]:
     """
     entries = []
     for place, session in enumerate(sessions):
-        origin_s = session.started_at if session.started_at is not None else session.start_s
-        for turn, chain in zip(session.turns, session.chains(), strict=True):
+        for k, (turn, chain) in enumerate(zip(session.turns, session.chains(), strict=True)):
             ids = chain.tolist()
             if not session.scope:
                 ids = [f"{place}-{block}" for block in ids]
             else:
                 ids = [f"{session.scope}-{block}" for block in ids]
-            entries.append((round((origin_s + turn.at_s) * 1000), session.id, turn, ids))
+            entries.append((_milliseconds(session, k), session.id, turn, ids))
     entries.sort(key=lambda entry: entry[0])
     dense: dict[str, int] = {}
     for timestamp, name, turn, ids in entries:
-        line = {
-            "timestamp": timestamp,
-            "input_length": turn.prompt_tokens,
-            "output_length": turn.output_tokens,
-            "hash_ids": [dense.setdefault(block, len(dense)) for block in ids],
-            "session_id": name,
-            "delay": round(turn.gap_s * 1000),
-        }
-        yield orjson.dumps(line) + b"\n"
+        yield _line(timestamp, name, turn, [dense.setdefault(block, len(dense)) for block in ids])
+
+
+def dump_in_order(sessions: Iterable[Session]) -> Iterator[bytes]:
+    """The same of sessions that come in the order of their starts, a sub-agent behind its parent,
+    and whose block ids mean the same in all: holds no more of them than go on at the same time."""
+    live: list[tuple[int, int, Session, int, Iterator[Blocks]]] = []
+
+    def sent(until: float) -> Iterator[bytes]:
+        while live and live[0][0] <= until:
+            timestamp, place, session, k, chains = live[0]
+            yield _line(timestamp, session.id, session.turns[k], next(chains).tolist())
+            if k + 1 < len(session.turns):
+                coming = (_milliseconds(session, k + 1), place, session, k + 1, chains)
+                heapq.heapreplace(live, coming)
+            else:
+                heapq.heappop(live)
+
+    for place, session in enumerate(sessions):
+        if session.parent is None:
+            yield from sent(_milliseconds(session, 0))
+        heapq.heappush(live, (_milliseconds(session, 0), place, session, 0, session.chains()))
+    yield from sent(math.inf)
+
+
+def _milliseconds(session: Session, k: int) -> int:
+    origin_s = session.started_at if session.started_at is not None else session.start_s
+    return round((origin_s + session.turns[k].at_s) * 1000)
+
+
+def _line(timestamp: int, name: str, turn: Turn, ids: list[int]) -> bytes:
+    line = {
+        "timestamp": timestamp,
+        "input_length": turn.prompt_tokens,
+        "output_length": turn.output_tokens,
+        "hash_ids": ids,
+        "session_id": name,
+        "delay": round(turn.gap_s * 1000),
+    }
+    return orjson.dumps(line) + b"\n"
