@@ -202,7 +202,8 @@ class _Pool:
             else:
                 tokens, progress = prompts[-1].tokens, k / max(1, length - 1)
                 step = self._draw(mother, reached, last, tokens, progress, step + 1, rng)
-                left = min(MOST_RUN_TURNS, round(rng.expovariate(1 / RUN_TURNS)))
+                most = min(MOST_RUN_TURNS, self.counts[self.place[self._owner[step]]] // 2)
+                left = min(most, round(rng.expovariate(1 / RUN_TURNS)))
             owner = self._owner[step]
             j = step - self.starts[self.place[owner]]
             yield owner, j
