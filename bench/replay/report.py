@@ -60,7 +60,10 @@ def compare(rows: Sequence[Row], with_policy: str) -> None:
     for row in rows:
         stock = base.get((row["per_pod"], row["seed"]))
         if stock is not None:
-            row["ratios"] = {key: stock[key] / max(row[key], 1e-9) for key in RATIOS}
+            row["ratios"] = {
+                key: stock[key] / max(row[key], 1e-9) if row[key] != stock[key] else 1.0
+                for key in RATIOS
+            }
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

@@ -35,16 +35,16 @@ from gateway.idle import IdleKind
 from gateway.traces.session import Blocks, Call, Runs, Session, Turn, common_prefix, runs_of
 
 SMOOTHING: Final = 0.01
-RUN_TURNS: Final = 6
+RUN_TURNS: Final = 12
 """Of a run, on average."""
-MOST_RUN_TURNS: Final = 20
+MOST_RUN_TURNS: Final = 30
 NEAREST: Final = 8
 """Steps of which the next run's first is drawn."""
 LEAST_LIKE: Final = 4
 """Sessions that count as like one; a twentieth of all if that is more, at most `MOST_LIKE`."""
-MOST_LIKE: Final = 32
+MOST_LIKE: Final = 16
 LIKE_KEPT: Final = 4_096
-PROGRESS_WEIGHT: Final = 0.5
+PROGRESS_WEIGHT: Final = 0.3
 """Of the part of its session that a step has behind it, beside the logarithm of its prompt."""
 SEATS: Final = 32
 """Sessions at once where the trace does not tell when they began."""
