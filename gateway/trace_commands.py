@@ -141,6 +141,7 @@ def _write(families: Iterator[list[Session]], to: Target, out: Path) -> None:
             ((_, text),) = kv_cache_tester.dump(family)
             (out / f"trace_{number:06}.json").write_bytes(text)
     else:
+        dump = {Target.mooncake: mooncake.dump_in_order}[to]
         with writing(out) as file:
-            for line in mooncake.dump_in_order(chain.from_iterable(families)):
+            for line in dump(chain.from_iterable(families)):
                 file.write(line)
