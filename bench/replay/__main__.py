@@ -291,6 +291,8 @@ def prepare(
             " into .venv-engine, or pip install 'cachewise-gateway[engine-cpu,analyze]' (no GPU is"
             " needed)"
         )
+    if find_spec("matplotlib") is None:
+        fail("it draws with matplotlib: pip install 'cachewise-gateway[analyze]'")
     try:
         pieces = traces.load(trace)
     except traces.TraceError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.replay import traces
 from bench.replay.sample import SAMPLE
 
 pytestmark = pytest.mark.engine
@@ -24,12 +25,16 @@ Rows = dict[tuple[str, int], dict[str, Any]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each policy with many and with few sessions on a small cache."""
     out = tmp_path_factory.mktemp("replay") / "out"
-    command = [sys.executable, "-m", "bench.replay", str(SAMPLE), "--kv-tokens", "200000"]
-    command += ["--sessions", str(MANY), "--sessions", str(FEW)]
-    for policy in ("stock", "unpatched", "oracle"):
+    options = ["--kv-tokens", "200000", "--sessions", str(MANY), "--sessions", str(FEW)]
+    return replayed(SAMPLE, ("stock", "unpatched", "oracle"), out, *options)
+
+
+def replayed(trace: Path, policies: tuple[str, ...], out: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gateway.cli", "replay", str(trace), "--out", str(out)]
+    for policy in policies:
         command += ["--policy", policy]
     done = subprocess.run(
-        [*command, "--out", str(out)],
+        [*command, *options],
         cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2_000:]
@@ -66,3 +71,25 @@ def test_with_room_for_all_nothing_is_held_and_nothing_changes(rows: Rows, polic
     stock, ours = rows["stock", FEW], rows[policy, FEW]
     assert ours["holds"] == 0
     assert ours["session_s"] == pytest.approx(stock["session_s"], rel=0.03)
+
+
+def test_made_sessions_are_replayed_on_the_pod_asked_for(tmp_path: Path) -> None:
+    """What is common to sessions is computed once."""
+    line = [sys.executable, "-m", "gateway.cli", "trace", "synthesize", "--like", str(SAMPLE)]
+    trace = tmp_path / "made.jsonl"
+    line += ["--sessions", "12", "--concurrent", "12", "--out", str(trace)]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    head = list(range(10**9, 10**9 + 200))
+    requests = [json.loads(request) for request in trace.read_text().splitlines()]
+    for request in requests:
+        request["hash_ids"] = head + request["hash_ids"]
+        request["input_length"] = 64 * len(request["hash_ids"])
+    trace.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    pod = ("--model", "devstral", "--gpu", "h100", "--gpus", "1", "--sessions", "3")
+    made = replayed(trace, ("stock", "cachewise"), tmp_path / "out", *pod)
+    assert made["fleet"]["pod"] == "Devstral-Small-24B on 1xH100-80GB"
+    chosen = traces.sample(traces.load([trace]), 3, 1)
+    first_tokens = sum(traces.BLOCK_TOKENS * len(session[0].blocks) for session in chosen)
+    for row in made["rows"]:
+        found = first_tokens - row["lost_tokens"]["first_turn"]
+        assert found == 2 * traces.BLOCK_TOKENS * len(head)

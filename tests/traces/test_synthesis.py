@@ -179,6 +179,23 @@ def test_sub_agents_come_where_they_came_and_are_named_by_the_call() -> None:
         assert child.started_at == pytest.approx(root.started_at + child.start_s)
 
 
+def test_sub_agents_of_sub_agents_end_and_rings_and_orphans_are_sessions_of_their_own() -> None:
+    def session(name: str, parent: str | None, scope: str = "s") -> Session:
+        found = Session(name, parent=parent, scope=scope, agent_type="a" if parent else "")
+        found.turns = [Turn(0.0, 640, 1, fresh=(0, 10)), Turn(9.0, 640, 1, shared=10, gap_s=9.0)]
+        return found
+
+    nested = [session("r", None), *(session(f"r{i}", "r") for i in range(3))]
+    nested += [session(f"r{i}{k}", f"r{i}") for i in range(3) for k in range(2)]
+    sizes = [len(family) for family in Synthesizer(nested).families(5)]
+    assert all(1 < size <= 40 for size in sizes)
+    strange = [session("x", "y", ""), session("y", "x", ""), session("z", "gone", "")]
+    strange.append(session("self", "self", ""))
+    families = list(Synthesizer(strange).families(8))
+    assert [len(family) for family in families] == [1] * 8
+    assert all(made.parent is None for (made,) in families)
+
+
 # -- likeness ------------------------------------------------------------------------------------
 
 
