@@ -3,7 +3,7 @@
 Bytes a token follow from the numbers of the models' published ``config.json``:
 ``2 x layers x KV heads x head size x bytes`` where keys and values are kept, and
 ``layers x (latent rank + rope size) x bytes`` with multi-head latent attention, which every rank of
-a tensor-parallel group holds whole.
+a tensor-parallel group holds whole. GPUs are as their maker's data sheets have them (SXM, dense).
 """
 
 from __future__ import annotations
