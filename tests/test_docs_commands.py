@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Call:
     env: dict[str, str]
     gateway: Running
     """One that runs, with embedded pods; the page's address is replaced by its."""
+    cluster: ApiServer
 
     def option(self, *names: str) -> str:
         (value,) = self.options(*names)
@@ -92,13 +94,12 @@ async def serve(call: Call) -> None:
         ran = await asyncio.to_thread(typer.testing.CliRunner().invoke, cli.app, call.arguments)
         assert ran.exit_code == 0, ran.output
         (settings,) = found
-        async with ApiServer().serving() as api:
-            patch.setenv("KUBECONFIG", str(api.kubeconfig(Path(call.env["HOME"]) / "kubeconfig")))
-            given = settings.model_dump() | {"log": {"level": "error"}}
-            async with gateway_over(**given) as started:
-                assert (await started.get("/health")).status == 200
-                if settings.discovery.kind == "kubernetes":
-                    await until(lambda: bool(api.requests))
+        given = settings.model_dump() | {"log": {"level": "error"}}
+        asked = len(call.cluster.requests)
+        async with gateway_over(**given) as started:
+            assert (await started.get("/health")).status == 200
+            if settings.discovery.kind == "kubernetes":
+                await until(lambda: len(call.cluster.requests) > asked)
 
 
 async def git(call: Call) -> None:
@@ -259,7 +260,22 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def ran(script: str, place: Path, gateway: Running) -> list[tuple[str, Call]]:
+@asynccontextmanager
+async def around(place: Path) -> AsyncIterator[tuple[Running, ApiServer]]:
+    """What commands reach: a gateway, and a cluster's API."""
+    with pytest.MonkeyPatch.context() as patch:
+        async with (
+            EmbeddedFleet(pods=2) as fleet,
+            gateway_over(*fleet.urls) as gateway,
+            ApiServer().serving() as cluster,
+        ):
+            patch.setenv("KUBECONFIG", str(cluster.kubeconfig(place / "kubeconfig")))
+            yield gateway, cluster
+
+
+async def ran(
+    script: str, place: Path, gateway: Running, cluster: ApiServer
+) -> list[tuple[str, Call]]:
     """Run a block; what it called of the stand-ins."""
     replaced = {
         "http://127.0.0.1:8080": gateway.url,
@@ -290,7 +306,7 @@ async def ran(script: str, place: Path, gateway: Running) -> list[tuple[str, Cal
     said, _ = await asyncio.wait_for(bash.communicate(), 60)
     assert bash.returncode == 0, f"{script}\n{said.decode()}"
     return [
-        (name, Call(arguments, env, gateway))
+        (name, Call(arguments, env, gateway, cluster))
         for name, arguments, env in map(json.loads, calls.read_text().splitlines())
     ]
 
@@ -300,18 +316,18 @@ async def ran(script: str, place: Path, gateway: Running) -> list[tuple[str, Cal
     "page", [p for p in PAGES if blocks(p, "sh")], ids=lambda page: str(page.relative_to(ROOT))
 )
 async def test_the_commands_of_a_page_work(page: Path, place: Path) -> None:
-    async with EmbeddedFleet(pods=2) as fleet, gateway_over(*fleet.urls) as gateway:
+    async with around(place) as (gateway, cluster):
         for block in blocks(page, "sh"):
-            for name, call in await ran(block, place, gateway):
+            for name, call in await ran(block, place, gateway, cluster):
                 await STAND_INS[name](call)
 
 
 async def test_a_command_that_nobody_runs_is_found(place: Path) -> None:
-    async with EmbeddedFleet(pods=1) as fleet, gateway_over(*fleet.urls) as gateway:
+    async with around(place) as (gateway, cluster):
         for bad in ("kubectx fleet", "cachewise reload", "curl http://127.0.0.1:8080/v1/none"):
             with pytest.raises(AssertionError, match=bad.split()[0]):
-                await ran(f"export X=1\n{bad}\nexport Y=2", place, gateway)
-        ((name, call),) = await ran("cachewise serve --prt 1", place, gateway)
+                await ran(f"export X=1\n{bad}\nexport Y=2", place, gateway, cluster)
+        ((name, call),) = await ran("cachewise serve --prt 1", place, gateway, cluster)
         with pytest.raises(AssertionError, match="prt"):
             await STAND_INS[name](call)
 
