@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import deque
 from types import TracebackType
 from typing import Any
@@ -12,14 +11,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from tests.ports import free_port
+
 END = (-1).to_bytes(8, "big", signed=True)
 BLOCK_TOKENS = 16
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def stored(

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from tests.engine import tiny_model
-from tests.kv_publisher import free_port
+from tests.ports import free_port
 
 MODEL = "tiny"
 BLOCK_SIZE_TOKENS = 32
@@ -40,7 +40,10 @@ class VllmPod:
     log: Path
 
     def log_tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+        """Its last lines, and before them those that name an error, whose cause comes first."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines[:-20] if re.search(r"\bERROR\b|Error\b", line)]
+        return "\n".join(errors[:20] + lines[-20:])
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from gateway.access import new_key
 from tests.engine import pods, tiny_model
 from tests.engine.test_pods import OPENAI_TOOL
 from tests.kubernetes_api import ApiServer, endpoint, pod, slice_of
-from tests.kv_publisher import free_port
+from tests.ports import free_port
 from tests.served import gateway_over, until
 
 manifests = pytest.importorskip("tests.test_chart")

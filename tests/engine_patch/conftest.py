@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from engine_patch.command import launch_command
-from tests.kv_publisher import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.engine.pods import Launch
