@@ -31,6 +31,7 @@ from gateway.analysis.capacity import PODS
 from gateway.config import Settings
 from gateway.embedded.fleet import EmbeddedFleet
 from tests.kubernetes_api import ApiServer
+from tests.programs import program
 from tests.served import Running, gateway_over, until
 from tests.test_docs import PAGES, ROOT
 
@@ -249,9 +250,7 @@ def place(tmp_path: Path) -> Path:
         (programs / name).write_text(NOTE)
         (programs / name).chmod(0o755)
     for name in REAL:
-        if (real := shutil.which(name)) is None:
-            pytest.skip(f"{name} is not installed")
-        (programs / name).symlink_to(real)
+        (programs / name).symlink_to(program(name, name))
     for folder in (".claude/projects", ".codex/sessions"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(SAMPLE, tmp_path / folder)
