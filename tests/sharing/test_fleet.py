@@ -42,10 +42,6 @@ class Load:
     stopping: bool = False
 
     @property
-    def turns(self) -> int:
-        return sum(len(agent.pods) for agent in self.agents)
-
-    @property
     def failed(self) -> list[str]:
         return [failure for agent in self.agents for failure in agent.failed]
 
@@ -83,10 +79,10 @@ class Load:
                 assert time.monotonic() < deadline, f"{name} is {found}"
                 await asyncio.sleep(0.2)
 
-    async def rounds(self, count: int) -> None:
-        """Until every session has taken so many more turns."""
-        goal = {agent.name: len(agent.pods) + count for agent in self.agents}
-        await self.until(lambda: all(len(a.pods) >= goal[a.name] for a in self.agents))
+    async def round(self) -> None:
+        """Until every session has taken one more turn."""
+        before = {agent.name: len(agent.pods) for agent in self.agents}
+        await self.until(lambda: all(len(a.pods) > before[a.name] for a in self.agents))
 
     def moved(self) -> list[str]:
         """Turns that ran on another pod than the one before, and why."""
@@ -142,14 +138,14 @@ async def test_the_store_goes_and_comes_a_replica_dies_and_no_session_changes_it
 ) -> None:
     async with under_load(tmp_path, redis) as load:
         doomed, other = load.replicas
-        await load.rounds(1)
+        await load.round()
         await load.shows("cachewise_replicas", 2)
         await load.shows("cachewise_store_up", 1)
         found = [r.metric('cachewise_store_reads_total{read_result="hit"}') for r in load.replicas]
         assert sum(found) > SESSIONS / 2
 
         redis.kill()
-        await load.rounds(1)
+        await load.round()
         await load.shows("cachewise_store_up", 0)
         await load.shows("cachewise_replicas", 1)
         assert load.failed == []
@@ -157,13 +153,13 @@ async def test_the_store_goes_and_comes_a_replica_dies_and_no_session_changes_it
         redis.start()
         await load.shows("cachewise_store_up", 1)
         await load.shows("cachewise_replicas", 2)
-        await load.rounds(1)
+        await load.round()
         assert int(redis.cli("dbsize")) >= SESSIONS  # what they know is told again
 
         assert load.failed == []
         doomed.kill()
         load.dead.add(doomed.url)
-        await load.rounds(1)
+        await load.round()
         assert set(load.failed) <= {doomed.url}  # those that were in flight there
         assert len(load.failed) < SESSIONS / 4
         assert load.moved() == []
