@@ -652,10 +652,11 @@ def _advance(session: Session, request: TurnRequest) -> tuple[Prefix, PrefixChan
     if session.skeleton is not None:
         change = since(session.skeleton, prefix)
     heads = session.heads_elsewhere
-    agreed = change.cause is not None and heads.issubset(prefix.chain)
-    if agreed and not heads.isdisjoint(prefix.chain[change.same :]):
-        # It begins as the one before it did, which another replica has served.
-        change = PrefixChange(len(prefix), change.total_bytes, change.total_bytes)
+    broken_here = change.cause is not None and heads.isdisjoint(prefix.chain[change.same :])
+    if heads and heads.issubset(prefix.chain) and not broken_here:
+        # It begins as the one before it did, which another replica has served: so far as that says
+        # nothing has changed, whatever has since this replica saw it.
+        change = PrefixChange(change.same, change.total_bytes, change.total_bytes)
     return prefix, change
 
 
