@@ -61,12 +61,12 @@ RESIDENCY = [
     ),
     graph(
         "Believed resident",
-        "Tokens of sessions that the gateways believe to be in each pod's cache, as a share of its"
-        " capacity.",
+        "Tokens of sessions believed to be in each pod's cache, as a share of its capacity, by the"
+        " replica that believes most: with a store each knows of all.",
         "near 100 % on a busy pod: a cache is there to be full.",
         "percentunit",
         (
-            f"sum by (pod) (cachewise_pod_resident_tokens{{{POD}}})"
+            f"{highest('cachewise_pod_resident_tokens')}"
             f" / {highest('cachewise_pod_kv_capacity_tokens')}",
             "{{pod}}",
         ),

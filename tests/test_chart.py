@@ -154,20 +154,33 @@ def _schemas_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 _schema = functools.cache(sys.modules["kubernetes_validate.utils"].schema_contents)
 
 
-def settings_of(case: str, folder: Path) -> Settings:
+def environment_of(item: Json, made: dict[tuple[str, str], Json]) -> dict[str, str]:
+    """The variables of a workload's container, those from the chart's Secret too."""
+    env = {}
+    for variable in container(item).get("env", ()):
+        source = variable.get("valueFrom", {}).get("secretKeyRef")
+        if source is None:
+            env[variable["name"]] = variable["value"]
+        elif ("Secret", source["name"]) in made:
+            env[variable["name"]] = made["Secret", source["name"]]["stringData"][source["key"]]
+    return env
+
+
+def settings_from(made: dict[tuple[str, str], Json], folder: Path) -> Settings:
     """The gateway's settings as its container would find them."""
-    made = objects(case)
     gateway = made["Deployment", next(n for k, n in made if k == "ConfigMap")]
-    text = made["ConfigMap", gateway["metadata"]["name"]]["data"]["cachewise.yaml"]
-    (folder / "api-keys").write_text(KEY)
+    name = gateway["metadata"]["name"]
+    text = made["ConfigMap", name]["data"]["cachewise.yaml"]
+    secret = made.get(("Secret", name), {}).get("stringData", {})
+    (folder / "api-keys").write_text(secret.get("api-keys", KEY))
     file = folder / "cachewise.yaml"
     file.write_text(text.replace("/etc/cachewise/secret", str(folder)))
-    env = {}
-    for variable in container(gateway).get("env", ()):
-        source = variable.get("valueFrom", {}).get("secretKeyRef")
-        if source is not None and ("Secret", source["name"]) in made:
-            env[variable["name"]] = made["Secret", source["name"]]["stringData"][source["key"]]
+    env = environment_of(gateway, made)
     return config.load_settings({}, file, env)
+
+
+def settings_of(case: str, folder: Path) -> Settings:
+    return settings_from(objects(case), folder)
 
 
 @pytest.mark.parametrize("case", CASES)
