@@ -65,7 +65,7 @@ _SESSION_SHRINK: Final = (0.0, 3.0, 1.0, 1.0, 1.0)
 _BLEND: Final = ((8, 6.0), (4, 8.0), (3, 8.0), (2, 20.0), (0, 40.0))
 """Of which nodes histograms are blended, from the particular to the general, and how many gaps what
 stands above each is worth: this session's, this tenant's, subcommand, program, kind."""
-_TRUST_AT_FIRST: Final = -1.7
+_TRUST_AT_FIRST: Final = -2.4
 _TRUST_LIMIT: Final = 30.0
 _TRUST_MEMORY: Final = 0.98
 _SIBLING: Final = 0.35
@@ -381,7 +381,7 @@ class Predictor:
             return
         if self.learn_shared:
             place = kind + "+" if len(basis.calls) > 1 else kind
-            stated = forecast.stated(gap_s)
+            stated = forecast.reached(gap_s)
             warp = self.warps.get(place)
             if warp is None:
                 warp = self.warps[place] = Warp()
