@@ -10,7 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_bytes, token_hex
 from typing import Final
@@ -21,6 +21,7 @@ SUFFIX: Final = ".jsonl.zst"
 PATTERN: Final = f"turns-*{SUFFIX}"
 SALT: Final = "salt"
 SALT_BYTES: Final = 32
+LEVEL: Final = 1
 FRAME_BYTES: Final = 1 << 20
 """A frame holds so many bytes of records, about: what is damaged takes no other with it."""
 FILE_BYTES: Final = 32 << 20
@@ -82,12 +83,12 @@ class File:
     def __init__(self, directory: Directory, now: float) -> None:
         self._directory = directory
         self._until = now + FILE_S
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         self.path = directory.path / f"turns-{stamp}-{token_hex(4)}{SUFFIX}"
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         self.size = 0
         """Bytes on the disk."""
-        self._packer = zstandard.ZstdCompressor(write_checksum=True)
+        self._packer = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
         self._frame = self._packer.compressobj()
         self._frame_bytes = 0
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Final
 
@@ -36,6 +36,9 @@ class Salted:
 
     def __init__(self, salt: bytes) -> None:
         self._keyed = blake2b(key=salt, digest_size=8)
+        self.scope = self.name("scope", "")
+        """Of all blocks."""
+        self.tenant = lru_cache(maxsize=1024)(partial(self.name, "tenant"))
 
     def _digest(self, kind: bytes, value: bytes) -> bytes:
         keyed = self._keyed.copy()

@@ -61,10 +61,10 @@ class Prompts:
         """How many blocks a prompt shares with the session's latest, and its others as runs; it is
         the latest from now on. ``chain`` and ``ends`` as of `gateway.prefix.Prefix`.
         O(log segments) and what is new."""
-        same = _common(told.chain, chain)
+        last = len(chain) - 1
+        same = min(last, _common(told.chain, chain))  # the last one's end may not be full
         shared = blocks = ends[same - 1] // BLOCK_BYTES if same else 0
         fresh: list[int] = []
-        last = len(chain) - 1
         for index in range(same, len(chain)):
             end = ends[index] // BLOCK_BYTES
             if index == last and ends[index] % BLOCK_BYTES:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from gateway.config import ConfigError, RecordSettings
-from gateway.dialects.turn import ToolCall, TurnOutcome
+from gateway.dialects.turn import ToolCall, TurnOutcome, TurnRequest
 from gateway.metrics import Metrics
 from gateway.predictor import Forecast
 from gateway.predictor.features import CallWords, features_of
@@ -68,6 +68,8 @@ class Note(msgspec.Struct, gc=False):
     chain: array[int]
     end_bytes: array[int]
     """Of its prompt (`gateway.prefix.Prefix`)."""
+    head_segments: int
+    """Of these, tools and system prompt, as far as it was looked for."""
     at: float
     """Its arrival, of the monotonic clock."""
     forecast: Fixed | None
@@ -236,21 +238,21 @@ class Recorder:
     def _session(self, note: Note, name: str, salted: Salted) -> SessionRecord:
         ends = note.end_bytes
         rate = note.record.prompt_tokens / max(1, ends[-1])
-        tools, system = (*ends[:HEAD_SEGMENTS], 0, 0)[:HEAD_SEGMENTS]
+        tools, system = ends[0], ends[note.head_segments - 1]
         aside = note.request_class in ("auxiliary", "compaction")
         return SessionRecord(
             SCHEMA,
             name,
             started_at=round(note.session_at + self._wall_s, 3),
             client=note.client,
-            tenant=salted.name("tenant", f"{note.scope:x}"),
+            tenant=salted.tenant(f"{note.scope:x}"),
             parent=_salted(salted, note.parent),
             forked_from=_salted(salted, note.forked_from),
             agent_type=note.request_class if aside else "",
-            scope=salted.name("scope", ""),
+            scope=salted.scope,
             block_bytes=BLOCK_BYTES,
             tool_tokens=round(tools * rate),
-            system_tokens=round(max(0, system - tools) * rate),
+            system_tokens=round((system - tools) * rate),
         )
 
 
@@ -306,6 +308,7 @@ def noted(flow: TurnFlow, now: float, outcome: TurnOutcome | None) -> Note:
         record,
         turn.prefix.chain,
         turn.prefix.end_bytes,
+        _head_segments(request) if turn.number == 1 else HEAD_SEGMENTS,
         at,
         flow.forecast if isinstance(flow.forecast, Fixed) else None,
         session.sid,
@@ -316,6 +319,14 @@ def noted(flow: TurnFlow, now: float, outcome: TurnOutcome | None) -> Note:
         session.forked_from,
         session.request_class,
     )
+
+
+def _head_segments(request: TurnRequest) -> int:
+    """Segments up to the first message that is not the system's."""
+    head = HEAD_SEGMENTS
+    while head + 1 < len(request.segments) and request.item(head).role == "system":
+        head += 1
+    return head
 
 
 def _calls(calls: list[ToolCall], forecast: Forecast | None) -> tuple[CallRecord, ...]:
