@@ -236,7 +236,7 @@ RECORDING = [
     graph(
         "Turns recorded",
         "Turns a second written into recordings, and those that were lost: the disk was too slow"
-        " (queue), is full or cannot be written (disk). No data without `record.directory`.",
+        " (queue), is full or cannot be written (disk). Zero without `record.directory`.",
         "as many as turns end; none lost.",
         "reqps",
         (rate("cachewise_recorded_turns_total", GATEWAY), "recorded"),

@@ -1,7 +1,9 @@
 """CPU time of a request with and without recording: `python -m bench.recording [--quick]`.
 
-Two gateways before one mock engine, the second with `record.directory`, in interleaved rounds with
-the same bodies and workloads as `bench.overhead`. Prints a table, writes JSON and a plot.
+One gateway before the mock engine of `bench.overhead`, under its workloads; recording is switched
+on and off between short windows in turn, as two processes differ by more than recording costs. A
+window counts the process's whole CPU time until the recorder's thread has written its turns. Prints
+a table, writes JSON and a plot.
 """
 
 import dataclasses
@@ -9,6 +11,7 @@ import multiprocessing
 import os
 import platform
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -23,18 +26,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.overhead.contenders import CONTENDERS, ROOT, engine, running
-from bench.overhead.load import WORKLOADS, Window, measure
+from bench.overhead.contenders import ROOT, engine
+from bench.overhead.load import WORKLOADS, measure
+from bench.recording.served import Served
+from gateway.recorder.recorder import FLUSH_S
 
 RESULTS = ROOT / "bench" / "results"
-ROUNDS = 21
+ROUNDS = 40
 RESAMPLED = 2_000
-COUNTED = {"json_1k": 1000, "agent_400k": 120, "stream_100": 30}
+COUNTED = {"json_1k": 500, "agent_400k": 100, "stream_100": 30}
 
 
 def main(
+    rounds: Annotated[int, typer.Option(help="windows of each kind", min=2)] = ROUNDS,
     quick: Annotated[bool, typer.Option(help="2 short rounds: a check, not a measure")] = False,
-    rounds: Annotated[int, typer.Option(help="of each gateway", min=2)] = ROUNDS,
     json: Annotated[Path, typer.Option(help="where the figures go")] = RESULTS / "recording.json",
     plot: Annotated[Path, typer.Option(help="where the plot goes")] = RESULTS / "recording.png",
 ) -> None:
@@ -42,35 +47,37 @@ def main(
     rounds = 2 if quick else rounds
     share = 6 if quick else 1
     workloads = [dataclasses.replace(w, counted=COUNTED[w.name] // share) for w in WORKLOADS]
-    ours = next(contender for contender in CONTENDERS if contender.name == "cachewise")
     console = Console()
     if not console.is_terminal:
         console.width = 120
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    windows: dict[str, dict[str, list[Window]]] = {w.name: {"off": [], "on": []} for w in workloads}
+    cpu_ms: dict[str, list[tuple[float, float]]] = {w.name: [] for w in workloads}
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        recordings = logs / "recordings"
-        engine_url = stack.enter_context(engine(logs))
-        off = dataclasses.replace(ours, name="off")
-        on = dataclasses.replace(
-            ours, name="on", env=ours.env | {"CACHEWISE_RECORD__DIRECTORY": str(recordings)}
-        )
-        targets = {c.name: stack.enter_context(running(c, engine_url, logs)) for c in (off, on)}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine_url = stack.enter_context(engine(folder))
+        served = stack.enter_context(Served(engine_url, folder / "recordings"))
         spawn = multiprocessing.get_context("spawn")
         load = stack.enter_context(ProcessPoolExecutor(max_workers=1, mp_context=spawn))
         progress = stack.enter_context(Progress(console=console))
         task = progress.add_task("", total=2 * rounds * len(workloads))
         for round_ in range(rounds):
             for workload in workloads:
-                names = ("off", "on") if round_ % 2 else ("on", "off")
-                for name in names:
-                    progress.update(task, description=f"{workload.title}, recording {name}")
-                    url, pid = targets[name]
-                    window = load.submit(measure, url, pid, workload, round_).result()
-                    windows[workload.name][name].append(window)
+                spent = {}
+                for recording in (True, False) if round_ % 2 else (False, True):
+                    progress.update(
+                        task, description=f"{workload.title}, {'on' if recording else 'off'}"
+                    )
+                    served.record(recording)
+                    before_s = served.cpu_s()
+                    seed = 2 * round_ + recording
+                    load.submit(measure, served.url, None, workload, seed).result()
+                    time.sleep(1.1 * FLUSH_S)
+                    requests = workload.workers * (workload.warmup + workload.counted)
+                    spent[recording] = 1e3 * (served.cpu_s() - before_s) / requests
                     progress.advance(task)
-    summary = {w.name: row(windows[w.name]) for w in workloads}
+                cpu_ms[workload.name].append((spent[False], spent[True]))
+        lost, recorded = served.counts()
+    summary = {name: row(pairs) for name, pairs in cpu_ms.items()}
     result = {
         "started_at": started_at,
         "quick": quick,
@@ -82,24 +89,23 @@ def main(
         },
         "settings": [dataclasses.asdict(workload) for workload in workloads],
         "workloads": summary,
+        "recorded_turns": recorded,
+        "lost_turns": lost,
     }
     json.parent.mkdir(parents=True, exist_ok=True)
     json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
     draw(summary, plot)
     console.print(table(summary))
+    console.print(f"{recorded} turns recorded, {lost} lost")
 
 
-def row(windows: dict[str, list[Window]]) -> dict[str, Any]:
+def row(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """CPU time a request without and with recording, and the ratio of the two over all rounds, with
     the 95 % interval that drawing rounds anew gives (Efron's bootstrap)."""
-    off, on = (
-        [1e3 * window.cpu_s / window.requests for window in windows[name]] for name in ("off", "on")
-    )
-    pairs = list(zip(off, on, strict=True))
     rng = Random(1)
     drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED))
+    off, on = ([pair[k] for pair in pairs] for k in (0, 1))
     return {
-        "requests": sum(window.requests for window in windows["on"]),
         "off_cpu_ms": median(off),
         "on_cpu_ms": median(on),
         "off_cpu_ms_rounds": off,

@@ -69,7 +69,7 @@ class ForecastRecord(msgspec.Struct, omit_defaults=True, gc=False):
     """Probability that it returns."""
 
 
-class SessionRecord(msgspec.Struct, tag_field="type", tag="session", omit_defaults=True):
+class SessionRecord(msgspec.Struct, tag_field="type", tag="session", omit_defaults=True, gc=False):
     """A session, before its first turn in the file."""
 
     cachewise: int
@@ -102,7 +102,7 @@ class SessionRecord(msgspec.Struct, tag_field="type", tag="session", omit_defaul
     """Of its system prompt, about."""
 
 
-class TurnRecord(msgspec.Struct, tag_field="type", tag="turn", omit_defaults=True):
+class TurnRecord(msgspec.Struct, tag_field="type", tag="turn", omit_defaults=True, gc=False):
     """One turn, written when it has ended."""
 
     cachewise: int

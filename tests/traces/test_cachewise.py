@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -229,6 +230,46 @@ def test_no_record_is_fatal(
     path.write_text("\n".join(json.dumps(r) for r in records if r["cachewise"] in (1, None)))
     for found in load([path]).sessions:
         assert len(list(found.chains())) == len(found.turns)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "recording.md"
+
+
+@pytest.mark.parametrize(
+    "struct",
+    [
+        cachewise.SessionRecord,
+        cachewise.TurnRecord,
+        cachewise.CallRecord,
+        cachewise.ForecastRecord,
+    ],
+    ids=lambda struct: struct.__name__,
+)
+def test_every_field_of_the_contract_is_on_its_page(struct: type[msgspec.Struct]) -> None:
+    page = PAGE.read_text()
+    assert f"## Schema {cachewise.SCHEMA}\n" in page
+    for name in struct.__struct_fields__:
+        assert f"`{name}`" in page
+
+
+def test_the_contract_of_schema_1_is_what_it_was() -> None:
+    """A recording of the first version of schema 1 is read as it was then: this file is not to be
+    written anew, a change that breaks it is another schema."""
+    trace = load([Path(__file__).parents[1] / "data" / "recording-1.jsonl"])
+    assert trace.problems.count == 0
+    (child, parent) = sorted(trace.sessions, key=lambda s: s.parent is None)
+    assert child.parent == parent.id
+    first, second = parent.turns
+    assert (first.prompt_tokens, first.cached_tokens, first.output_tokens) == (6400, 0, 52)
+    assert (first.idle_kind, first.stop, first.api_s, first.first_token_s) == (
+        "tool",
+        "tool_use",
+        1.75,
+        0.5,
+    )
+    assert first.calls == (Call("shell", "Bash", "pytest", duration_s=2.25),)
+    assert (second.at_s, second.gap_s, second.shared, second.fresh_blocks) == (4.25, 2.5, 100, 25)
+    assert parent.started_at == 1_795_975_065.5
 
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
