@@ -263,7 +263,7 @@ class Reader:
         runs = told.fresh
         if coming.by_bytes:
             runs = (*_first(coming.prompt, told.shared), *runs)
-        if sum(runs[1::2]) > MAX_BLOCKS or any(abs(start) >= 1 << 62 for start in told.fresh[::2]):
+        if sum(runs[1::2]) > MAX_BLOCKS or not all(map(_is_id, told.fresh[::2])):
             raise ValueError
         coming.next = told.n + 1
         coming.prompt = runs
@@ -348,6 +348,11 @@ class Reader:
             if any(b.at_s < a.at_s for a, b in pairwise(session.turns)):
                 _put_in_order(session)
         return found
+
+
+def _is_id(start: int) -> bool:
+    """Whether it and the blocks behind it are numbers of 64 bits."""
+    return -(1 << 63) <= start < (1 << 63) - MAX_BLOCKS
 
 
 def _first(runs: Runs, blocks: int) -> Runs:

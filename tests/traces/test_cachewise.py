@@ -37,6 +37,7 @@ def read(lines: list[bytes]) -> list[Session]:
 def any_sessions(draw: st.DrawFn) -> list[Session]:
     """Sessions in which every field may have any value that is allowed for it."""
     found = draw(sessions(shared=draw(st.booleans())))
+    first = draw(st.sampled_from([0, -(1 << 63), (1 << 63) - (1 << 23)]))
     for number, session in enumerate(found):
         session.started_at = draw(st.none() | TIMES)
         session.start_s = draw(TIMES)
@@ -51,7 +52,7 @@ def any_sessions(draw: st.DrawFn) -> list[Session]:
                 turn.prompt_tokens,
                 turn.output_tokens,
                 turn.shared,
-                turn.fresh,
+                tuple(n if i % 2 else n + first for i, n in enumerate(turn.fresh)),
                 turn.back,
                 draw(TIMES),
                 draw(st.booleans()),
