@@ -14,6 +14,9 @@ from gateway import cli
 from gateway.config import load_settings
 from gateway.logs import logging_to
 
+FLUSH_S = 0.2
+"""The recorder writes so often."""
+
 
 class Served:
     """The gateway while the context lasts, and what it is asked for."""
@@ -68,7 +71,9 @@ def _serve(asked: Connection, engine_url: str, directory: Path) -> None:
     listening = cli.listen(settings)
     with logging_to(settings.log):
         from gateway.app import create_app
+        from gateway.recorder import recorder as module
 
+        module.FLUSH_S = FLUSH_S  # type: ignore[misc]
         app = create_app(settings)
         gateway = app.gateway
         recorder = gateway.recorder

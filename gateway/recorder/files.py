@@ -40,7 +40,7 @@ class Directory:
         self.file_bytes = min(FILE_BYTES, max_bytes // FILES_WITHIN)
 
     def salt(self) -> bytes:
-        """The secret of all hashes in this directory, made when it is first asked for."""
+        """The secret of all hashes in the directory; both are made where they are missing."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = self.path / SALT
         if not place.exists():
@@ -94,7 +94,7 @@ class File:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._give_up()
+            self.abandon()
             raise
 
     def full(self, now: float) -> bool:
@@ -132,12 +132,12 @@ class File:
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
         except OSError:
-            self._give_up()
+            self.abandon()
             raise
         self.size += len(data)
         return len(data)
 
-    def _give_up(self) -> None:
+    def abandon(self) -> None:
         """Leave what was flushed; of the rest nothing."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, self.size)

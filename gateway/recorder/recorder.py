@@ -103,7 +103,7 @@ class Recorder:
         self._file: File | None = None
         self._salted: Salted | None = None
         try:
-            self._salted = Salted(self.directory.salt())
+            self.directory.salt()
             self.directory.check()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -139,6 +139,7 @@ class Recorder:
         thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         thread.start()
         self._metrics.recording.set(1)
+        logger.info("turns are recorded in %s", self.directory.path)
         try:
             yield
         finally:
@@ -157,21 +158,31 @@ class Recorder:
                 notes, self._queue, self._queued_segments = self._queue, [], 0
             for first in range(0, len(notes), FLUSHED_RECORDS):
                 self._write(notes[first : first + FLUSHED_RECORDS], time.monotonic())
-            self._turn_over(time.monotonic(), stopping)
+                self._turn_over(time.monotonic(), last=False)
+            self._turn_over(time.monotonic(), last=stopping)
 
     def _write(self, notes: list[Note], now: float) -> None:
+        left = len(notes)
         try:
-            if self._salted is None:
-                self._salted = Salted(self.directory.salt())
             if self._file is None:
+                self._salted = Salted(self.directory.salt())
                 self._prompts.clear()
                 self._file = File(self.directory, now)
+            assert self._salted is not None
             lines = self._all_lines(notes, self._salted)
+            left = len(lines)
             written = self._file.flush(b"".join(lines))
         except OSError as error:
             self._file = None
-            self._lost("disk", len(notes))
+            self._lost("disk", left)
             self._stopped(error, now)
+            return
+        except Exception:
+            if self._file is not None:
+                self._file.abandon()
+                self._file = None
+            self._lost("fault", left)
+            logger.exception("turns could not be recorded")
             return
         self._metrics.recorded_turns.inc(len(lines))
         self._metrics.recorded_bytes.inc(written)
@@ -192,10 +203,10 @@ class Recorder:
                 logger.exception("a turn could not be recorded")
         return lines
 
-    def _turn_over(self, now: float, stopping: bool) -> None:
+    def _turn_over(self, now: float, last: bool) -> None:
         """Close the file if it is full or the last."""
         file = self._file
-        if file is None or not (stopping or file.full(now)):
+        if file is None or not (last or file.full(now)):
             return
         self._file = None
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -134,4 +133,3 @@ async def written(gateway: Running, turns: int) -> None:
     """Until so many turns are on the disk."""
     metric = gateway.gateway.metrics.recorded_turns
     await until(lambda: metric._value.get() >= turns)
-    await asyncio.sleep(0)

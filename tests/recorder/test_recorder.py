@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import string
 import subprocess
@@ -24,13 +25,14 @@ from bench.replay import traces as replay
 from gateway.config import ConfigError, RecordSettings, Settings
 from gateway.gateway import Gateway
 from gateway.metrics import Metrics
+from gateway.recorder import files
 from gateway.recorder import recorder as module
 from gateway.recorder.recorder import Recorder
 from gateway.traces.load import load
 from gateway.traces.session import Session
 from tests.recorder.agents import Agent, recording, texts, written
 from tests.recorder.notes import note_of
-from tests.served import body_of, logged
+from tests.served import body_of, logged, until
 
 BASH = {"name": "Bash", "arguments": {"command": "cd /src && pytest -q tests", "timeout": 60_000}}
 READ = {"name": "Read", "arguments": {"file_path": "/src/app.py"}}
@@ -338,9 +340,46 @@ def test_a_directory_that_cannot_be_used_is_an_error_of_configuration(
         Gateway(Settings(record=RecordSettings(directory=directory)))
 
 
-async def test_nothing_is_imported_nor_written_where_it_is_off() -> None:
-    gateway = Gateway(Settings())
-    assert gateway.recorder is None
+async def test_a_directory_that_is_taken_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FLUSH_S", 0.01)
+    monkeypatch.setattr(files, "FILE_S", 0.0)
+    metrics = Metrics()
+    directory = tmp_path / "recordings"
+    recorder = Recorder(RecordSettings(directory=directory), metrics, 0.0)
+    async with recorder.running():
+        shutil.rmtree(directory)
+        recorder.keep(note_of("s", 0))
+    assert len(load([directory]).sessions) == 1
+
+
+async def test_a_fault_of_the_packer_ends_the_file_and_the_next_turns_go_into_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FLUSH_S", 0.01)
+    metrics = Metrics()
+    recorder = Recorder(RecordSettings(directory=tmp_path), metrics, 0.0)
+    lost, recorded = metrics.recording_lost["fault",]._value, metrics.recorded_turns._value
+    async with recorder.running():
+        recorder.keep(note_of("s", 0))
+        await until(lambda: recorded.get() == 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(files.File, "flush", lambda *_: 1 / 0)
+            recorder.keep(note_of("s", 1))
+            await until(lambda: lost.get() == 1)
+        recorder.keep(note_of("s", 2))
+    (session,) = load([tmp_path]).sessions
+    assert [turn.at_s for turn in session.turns] == [0.0, 20.0]
+
+
+def test_nothing_of_it_is_imported_where_it_is_off() -> None:
+    code = "import sys, gateway.gateway as g; from gateway.config import Settings;"
+    code += (
+        "assert g.Gateway(Settings()).recorder is None; print('gateway.recorder' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 # -- killed --------------------------------------------------------------------------------------
