@@ -516,8 +516,10 @@ class TurnFlow:
         with self._survived("history"):
             gateway.history.end(self, now, outcome)
         if gateway.recorder is not None:
-            with self._survived("record"):
+            try:
                 gateway.recorder.ended(self, now, outcome)
+            except Exception:
+                self._degraded("record")
         log_turn(self, now, outcome)
         if self.trace is not None:
             self.trace.end(self, outcome, now)

@@ -32,11 +32,11 @@ from bench.overhead.load import WORKLOADS, measure
 from bench.recording.served import FLUSH_S, Served
 
 RESULTS = ROOT / "bench" / "results"
-ROUNDS = 180
-EVERY = {"json_1k": 1, "agent_400k": 1, "stream_100": 3}
+ROUNDS = 120
+EVERY = {"json_1k": 1, "agent_400k": 1, "stream_100": 4}
 """A workload's windows come once in so many rounds."""
 RESAMPLED = 2_000
-COUNTED = {"json_1k": 300, "agent_400k": 100, "stream_100": 10}
+COUNTED = {"json_1k": 300, "agent_400k": 100, "stream_100": 20}
 
 
 def main(

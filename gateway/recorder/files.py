@@ -27,6 +27,8 @@ FRAME_BYTES: Final = 1 << 20
 FILE_BYTES: Final = 32 << 20
 FILES_WITHIN: Final = 8
 """The bound holds at least so many files."""
+ROOM_SHARE: Final = 64
+"""So many parts of the bound are looked for at once."""
 FILE_S: Final = 3600.0
 """A file is written for so long."""
 
@@ -91,6 +93,8 @@ class File:
         self._packer = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
         self._frame = self._packer.compressobj()
         self._frame_bytes = 0
+        self._room = 0
+        """Bytes that may be written before the bound is looked at again."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -127,7 +131,10 @@ class File:
 
     def _write(self, data: bytes) -> int:
         try:
-            self._directory.make_room(len(data))
+            if len(data) > self._room:
+                self._room = max(len(data), self._directory.max_bytes // ROOM_SHARE)
+                self._directory.make_room(self._room)
+            self._room -= len(data)
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(self._fd, rest) :]

@@ -7,7 +7,6 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Final
 
-from gateway.dialects.turn import TurnOutcome
 from gateway.predictor.features import WRAPPER
 from gateway.predictor.kinds import is_well_known
 from gateway.predictor.shell import UNKNOWN
@@ -74,9 +73,10 @@ def _of_words(name: str) -> bool:
     )
 
 
-def stop_of(outcome: TurnOutcome) -> str | None:
-    """Why an answer ended, in words of ours."""
-    if outcome.stop_reason is None:
+def stop_of(said: str | None, asks: bool) -> str | None:
+    """Why an answer ended, in words of ours: of what the pod said, and whether it asks for
+    tools."""
+    if said is None:
         return None
-    stop = _STOPS.get(outcome.stop_reason, "other")
-    return "tool_use" if outcome.tool_calls and stop == "end_turn" else stop
+    stop = _STOPS.get(said, "other")
+    return "tool_use" if asks and stop == "end_turn" else stop

@@ -12,15 +12,16 @@ import errno
 import logging
 import threading
 import time
-from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
 from gateway.config import ConfigError, RecordSettings
-from gateway.dialects.turn import ToolCall, TurnOutcome, TurnRequest
+from gateway.dialects.turn import ToolCall, TurnOutcome, TurnRequest, Usage
+from gateway.idle import IdleKind
+from gateway.losses import LossCause
 from gateway.metrics import Metrics
 from gateway.predictor import Forecast
 from gateway.predictor.features import CallWords, features_of
@@ -28,7 +29,7 @@ from gateway.prefix import HEAD_SEGMENTS
 from gateway.recorder.files import Directory, File
 from gateway.recorder.names import Salted, kept_tool, stop_of
 from gateway.recorder.prompts import Prompts
-from gateway.sessions import CALLS_KEPT
+from gateway.sessions import CALLS_KEPT, Turn
 from gateway.traces.cachewise import (
     BLOCK_BYTES,
     SCHEMA,
@@ -53,7 +54,7 @@ FLUSHED_RECORDS: Final = 256
 MAX_QUEUED: Final = 8_192
 """Turns that wait to be written; beyond it they are lost."""
 MAX_QUEUED_SEGMENTS: Final = 2_000_000
-"""Messages of all their prompts, of 12 bytes each."""
+"""Messages of all their prompts, of 20 bytes each."""
 RETRY_S: Final = 10.0
 """A directory that could not be written is tried again after so long."""
 STOP_S: Final = 5.0
@@ -61,25 +62,48 @@ STOP_S: Final = 5.0
 
 
 class Note(msgspec.Struct, gc=False):
-    """What the event loop keeps of a turn for the thread."""
+    """What the event loop keeps of a turn, for the thread to make a record of: there the work costs
+    a third, as it is done for many at once. No text, and nothing that changes once it is over."""
 
-    record: TurnRecord
-    """Without session, time and blocks."""
-    chain: array[int]
-    end_bytes: array[int]
-    """Of its prompt (`gateway.prefix.Prefix`)."""
-    head_segments: int
-    """Of these, tools and system prompt, as far as it was looked for."""
-    at: float
-    """Its arrival, of the monotonic clock."""
+    turn: Turn
+    ended_at: float
+    """Of the monotonic clock, as are all times of a turn."""
+    first_byte_at: float | None
+    held_s: float
+    usage: Usage | None
+    stop_reason: str | None
+    """The pod's word."""
+    asked: list[str]
+    """The names of the tools that it asks for."""
+    calls: Sequence[Seen]
+    """Their features."""
+    call_durations_s: list[float | None] | None
+    idle_kind: IdleKind | None
     forecast: Fixed | None
-    sid: str
-    session_at: float
-    client: str
-    scope: int
-    parent: str | None
-    forked_from: str | None
-    request_class: str
+    losses: dict[LossCause, int]
+    pod: str
+    model: str
+    wire: str
+    outcome: str
+    status: int
+    head_segments: int
+    """Tools and system prompt in its prompt, as far as it was looked for."""
+
+
+class Seen(Protocol):
+    """A call's features, be they of the forecast or made anew."""
+
+    @property
+    def words(self) -> CallWords: ...
+    @property
+    def numbers(self) -> list[float]: ...
+
+
+class Looked(NamedTuple):
+    """A call that no forecast has looked at."""
+
+    words: CallWords
+    numbers: list[float]
 
 
 class Recorder:
@@ -129,7 +153,7 @@ class Recorder:
             room = len(self._queue) < MAX_QUEUED and self._queued_segments < MAX_QUEUED_SEGMENTS
             if room:
                 self._queue.append(note)
-                self._queued_segments += len(note.chain)
+                self._queued_segments += len(note.turn.prefix)
         if not room:
             self._lost("queue", 1)
 
@@ -198,7 +222,7 @@ class Recorder:
             try:
                 lines.append(self._lines(note, salted))
             except Exception:
-                self._prompts.forget(note.sid)
+                self._prompts.forget(note.turn.session.sid)
                 self._lost("fault", 1)
                 logger.exception("a turn could not be recorded")
         return lines
@@ -230,36 +254,32 @@ class Recorder:
 
     def _lines(self, note: Note, salted: Salted) -> bytes:
         """A turn's line, behind its session's if the file does not have it."""
+        turn = note.turn
+        sid = turn.session.sid
         head = b""
-        told = self._prompts.of(note.sid)
+        told = self._prompts.of(sid)
         if told is None:
-            told = self._prompts.begin(note.sid, salted.name("session", note.sid))
+            told = self._prompts.begin(sid, salted.name("session", sid))
             head = encode(self._session(note, told.name, salted)) + b"\n"
-        record = note.record
-        record.session = told.name
-        record.n = told.n
-        record.at_s = round(note.at - note.session_at, 4)
-        shared, fresh = self._prompts.share(note.sid, told, note.chain, note.end_bytes, salted)
-        record.shared, record.fresh = shared, tuple(fresh)
-        if note.forecast is not None:
-            quantiles_s = note.forecast.quantiles(QUANTILES)
-            record.forecast = ForecastRecord(tuple(quantiles_s), round(note.forecast.p_return, 3))
-        return head + encode(record) + b"\n"
+        n = told.n
+        prefix = turn.prefix
+        shared, fresh = self._prompts.share(sid, told, prefix.chain, prefix.end_bytes, salted)
+        return head + encode(_record(note, told.name, n, shared, fresh)) + b"\n"
 
     def _session(self, note: Note, name: str, salted: Salted) -> SessionRecord:
-        ends = note.end_bytes
-        rate = note.record.prompt_tokens / max(1, ends[-1])
+        session, ends = note.turn.session, note.turn.prefix.end_bytes
+        rate = _prompt_tokens(note) / max(1, ends[-1])
         tools, system = ends[0], ends[note.head_segments - 1]
-        aside = note.request_class in ("auxiliary", "compaction")
+        aside = session.request_class in ("auxiliary", "compaction")
         return SessionRecord(
             SCHEMA,
             name,
-            started_at=round(note.session_at + self._wall_s, 3),
-            client=note.client,
-            tenant=salted.tenant(f"{note.scope:x}"),
-            parent=_salted(salted, note.parent),
-            forked_from=_salted(salted, note.forked_from),
-            agent_type=note.request_class if aside else "",
+            started_at=round(session.created_at + self._wall_s, 3),
+            client=session.client,
+            tenant=salted.tenant(f"{session.scope:x}"),
+            parent=_salted(salted, session.parent),
+            forked_from=_salted(salted, session.forked_from),
+            agent_type=session.request_class if aside else "",
             scope=salted.scope,
             block_bytes=BLOCK_BYTES,
             tool_tokens=round(tools * rate),
@@ -275,61 +295,46 @@ def _salted(salted: Salted, sid: str | None) -> str | None:
 
 
 def noted(flow: TurnFlow, now: float, outcome: TurnOutcome | None) -> Note:
-    """Counts, times, and words that may be kept."""
-    turn, request, decision = flow.turn, flow.request, flow.decision
+    """A turn that is over, as it is kept until it is written."""
+    turn, request, decision, forecast = flow.turn, flow.request, flow.decision, flow.forecast
     assert turn is not None
     assert request is not None
-    session, gap = turn.session, turn.gap
-    usage = outcome.usage if outcome is not None else None
-    told = usage is not None and usage.prompt_tokens > 0
-    at = turn.started_at
-    record = TurnRecord(
-        SCHEMA,
-        "",
-        0,
-        0.0,
-        usage.prompt_tokens if usage and told else turn.prompt_tokens,
-        usage.output_tokens if usage else 0,
-        usage.cached_tokens if usage and told else None,
-        estimated=not told,
-        number=turn.number,
-        gap_s=0.0 if gap is None else round(gap.seconds, 4),
-        gap_known=gap is not None or turn.number == 1,
-        gap_kind=None if gap is None else gap.kind,
-        call_durations_s=tuple(flow.call_durations_s or ()),
-        idle_kind=session.idle_kind,
-        held_s=round(flow.held_s, 4),
-        first_token_s=None if flow.first_byte_at is None else round(flow.first_byte_at - at, 4),
-        api_s=round(now - at, 4),
-        model=request.model[:128],
-        compacted=turn.change.cause == "compaction",
-        broken_by=turn.change.cause,
-        lost_tokens=dict(flow.losses.items()),
-        pod="" if decision is None else decision.pod.name,
-        wire=request.wire,
-        request_class=turn.request_class,
-        outcome=flow.outcome,
-        status=flow.status,
-    )
-    if outcome is not None:
-        record.stop = stop_of(outcome)
-        if outcome.tool_calls:
-            record.calls = _calls(outcome.tool_calls, session.forecast)
+    asked: list[str] = []
+    calls: Sequence[Seen] = ()
+    if outcome is not None and outcome.tool_calls:
+        asked = [call.name for call in outcome.tool_calls[:CALLS_KEPT]]
+        calls = _looked_at(outcome.tool_calls[:CALLS_KEPT], turn.session.forecast)
     return Note(
-        record,
-        turn.prefix.chain,
-        turn.prefix.end_bytes,
+        turn,
+        now,
+        flow.first_byte_at,
+        flow.held_s,
+        outcome.usage if outcome is not None else None,
+        outcome.stop_reason if outcome is not None else None,
+        asked,
+        calls,
+        flow.call_durations_s,
+        turn.session.idle_kind,
+        forecast if isinstance(forecast, Fixed) else None,
+        flow.losses,
+        "" if decision is None else decision.pod.name,
+        request.model,
+        request.wire,
+        flow.outcome,
+        flow.status,
         _head_segments(request) if turn.number == 1 else HEAD_SEGMENTS,
-        at,
-        flow.forecast if isinstance(flow.forecast, Fixed) else None,
-        session.sid,
-        session.created_at,
-        session.client,
-        session.scope,
-        session.parent,
-        session.forked_from,
-        session.request_class,
     )
+
+
+def _looked_at(calls: list[ToolCall], forecast: Forecast | None) -> Sequence[Seen]:
+    """The calls' features: those that the forecast was made of, where there is one."""
+    basis = forecast.basis if forecast is not None else None
+    seen: list[Seen] = [*basis.calls] if basis is not None else []
+    if len(seen) == len(calls):
+        return seen
+    if len(seen) > len(calls):
+        seen = []
+    return [*seen, *(Looked(*features_of(call)) for call in calls[len(seen) :])]
 
 
 def _head_segments(request: TurnRequest) -> int:
@@ -340,21 +345,65 @@ def _head_segments(request: TurnRequest) -> int:
     return head
 
 
-def _calls(calls: list[ToolCall], forecast: Forecast | None) -> tuple[CallRecord, ...]:
-    """The calls' features: those that the forecast was made of, where there is one."""
-    basis = forecast.basis if forecast is not None else None
-    seen = [(call.words, call.numbers) for call in basis.calls] if basis is not None else []
-    if len(seen) > len(calls):
-        seen = []
-    seen += map(features_of, calls[len(seen) : CALLS_KEPT])
-    return tuple(_call(call.name, *found) for call, found in zip(calls, seen, strict=False))
+def _prompt_tokens(note: Note) -> int:
+    return _told(note.usage) or note.turn.prompt_tokens
 
 
-def _call(asked: str, words: CallWords, numbers: list[float]) -> CallRecord:
-    return CallRecord(
-        words.kind,
-        kept_tool(asked[:128], words.tool),
-        words.program,
-        words.sub,
-        tuple([round(number, 2) for number in numbers[1:]]),
+def _told(usage: Usage | None) -> int:
+    return 0 if usage is None else usage.prompt_tokens
+
+
+def _record(note: Note, name: str, n: int, shared: int, fresh: list[int]) -> TurnRecord:
+    """The turn in the words and numbers that may be kept."""
+    turn, usage, forecast = note.turn, note.usage, note.forecast
+    gap, cause, at = turn.gap, turn.change.cause, turn.started_at
+    told = _told(usage) > 0
+    record = TurnRecord(
+        SCHEMA,
+        name,
+        n,
+        round(at - turn.session.created_at, 4),
+        _prompt_tokens(note),
+        0 if usage is None else usage.output_tokens,
+        usage.cached_tokens if usage is not None and told else None,
+        not told,
+        shared,
+        tuple(fresh),
+        number=turn.number,
+        idle_kind=note.idle_kind,
+        stop=stop_of(note.stop_reason, bool(note.asked)),
+        api_s=round(note.ended_at - at, 4),
+        model=note.model[:128],
+        pod=note.pod,
+        wire=note.wire,
+        request_class=turn.request_class,
+        outcome=note.outcome,
+        status=note.status,
     )
+    if gap is not None:
+        record.gap_s, record.gap_kind = round(gap.seconds, 4), gap.kind
+    elif turn.number > 1:
+        record.gap_known = False
+    if note.held_s:
+        record.held_s = round(note.held_s, 4)
+    if note.first_byte_at is not None:
+        record.first_token_s = round(note.first_byte_at - at, 4)
+    if cause is not None:
+        record.broken_by, record.compacted = cause, cause == "compaction"
+    if note.losses:
+        record.lost_tokens = dict(note.losses.items())
+    if note.call_durations_s:
+        record.call_durations_s = tuple(note.call_durations_s)
+    if note.calls:
+        record.calls = tuple(map(_call, note.asked, note.calls))
+    if forecast is not None:
+        quantiles_s = tuple(forecast.quantiles(QUANTILES))
+        record.forecast = ForecastRecord(quantiles_s, round(forecast.p_return, 3))
+    return record
+
+
+def _call(asked: str, seen: Seen) -> CallRecord:
+    words = seen.words
+    numbers = tuple([round(number, 2) for number in seen.numbers[1:]])
+    tool = kept_tool(asked[:128], words.tool)
+    return CallRecord(words.kind, tool, words.program, words.sub, numbers)

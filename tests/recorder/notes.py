@@ -6,19 +6,27 @@ from array import array
 
 import xxhash
 
+from gateway.prefix import Prefix, PrefixChange
 from gateway.recorder.recorder import Note
-from gateway.traces.cachewise import SCHEMA, TurnRecord
+from gateway.sessions import Session, Turn
 
 
-def note_of(sid: str, number: int, segments: int = 10) -> Note:
+def note_of(sid: str, number: int, segments: int = 10, pod: str = "pod-0") -> Note:
     """The ``number``-th turn, from 0, of a session whose prompts grow by two messages of a
     kilobyte."""
+    session = Session(sid, sid, "default", 1, "new", sid, None, "codex", "m", 0.0, 0.0, "main", sid)
     links = segments + 2 * number
-    chain = array(
+    prefix = Prefix(0)
+    prefix.chain = array(
         "Q", (xxhash.xxh3_64_intdigest(b"%b %d" % (sid.encode(), i)) for i in range(links))
     )
-    ends = array("I", (1000 * (i + 1) for i in range(links)))
-    record = TurnRecord(SCHEMA, "", 0, 0.0, 250 * links, 100, number=number + 1, idle_kind="tool")
-    return Note(
-        record, chain, ends, 2, 10.0 * number, None, sid, 0.0, "codex", 1, None, None, "main"
+    prefix.end_bytes = array("I", (1000 * (i + 1) for i in range(links)))
+    change = PrefixChange(0, 0, 1000 * links)
+    at = 10.0 * number
+    turn = Turn(
+        session, number + 1, "main", "new", prefix, change, 250 * links, 0, 0, None, None, at
     )
+    return Note(
+        turn, at + 1, None, 0.0, None, "stop", [], (), None, "human", None, {}, pod, "m", "chat",
+        "ok", 200, 2,
+    )  # fmt: skip

@@ -223,8 +223,7 @@ async def test_a_fault_in_the_recorder_harms_no_turn(
             await agent.turn([BASH])
         assert await gateway.metric('cachewise_degraded_total{stage="record"}') == 1
         agent.results("ok")
-        note = note_of("broken", 0)
-        note.record.pod = object()  # type: ignore[assignment]
+        note = note_of("broken", 0, pod=object())  # type: ignore[arg-type]
         assert gateway.gateway.recorder is not None
         gateway.gateway.recorder.keep(note)
         await agent.turn()
