@@ -32,11 +32,11 @@ from bench.overhead.load import WORKLOADS, measure
 from bench.recording.served import FLUSH_S, Served
 
 RESULTS = ROOT / "bench" / "results"
-ROUNDS = 120
+ROUNDS = 60
 EVERY = {"json_1k": 1, "agent_400k": 1, "stream_100": 4}
 """A workload's windows come once in so many rounds."""
 RESAMPLED = 2_000
-COUNTED = {"json_1k": 300, "agent_400k": 100, "stream_100": 20}
+COUNTED = {"json_1k": 600, "agent_400k": 160, "stream_100": 24}
 
 
 def main(

@@ -14,7 +14,7 @@ from gateway import cli
 from gateway.config import load_settings
 from gateway.logs import logging_to
 
-FLUSH_S = 0.2
+FLUSH_S = 0.5
 """The recorder writes so often."""
 
 

@@ -39,7 +39,6 @@ from gateway.traces.cachewise import (
     TurnRecord,
     encode,
 )
-from gateway.turn_history import QUANTILES
 from gateway.waits import Fixed
 
 if TYPE_CHECKING:
@@ -397,7 +396,7 @@ def _record(note: Note, name: str, n: int, shared: int, fresh: list[int]) -> Tur
     if note.calls:
         record.calls = tuple(map(_call, note.asked, note.calls))
     if forecast is not None:
-        quantiles_s = tuple(forecast.quantiles(QUANTILES))
+        quantiles_s = tuple(forecast.stated())
         record.forecast = ForecastRecord(quantiles_s, round(forecast.p_return, 3))
     return record
 
