@@ -67,6 +67,8 @@ def create_app(settings: Settings) -> App:
         async with AsyncExitStack() as stack:
             if gateway.tracer is not None:
                 await stack.enter_async_context(gateway.tracer.running())
+            if gateway.recorder is not None:
+                await stack.enter_async_context(gateway.recorder.running())
             if not settings.pods and settings.discovery.kind == "static":
                 await stack.enter_async_context(embedded_fleet(gateway))
             await stack.enter_async_context(gateway.relay)

@@ -99,6 +99,13 @@ CASES: dict[str, Json] = {
         "gateway": {"config": {"pods": ["http://a:8000", {"url": "http://b:8000", "name": "b"}]}},
         "networkPolicy": {"gatewayFrom": [{"podSelector": {}}]},
     },
+    "recording": {"gateway": {"recording": {"enabled": True}}},
+    "recording into a claim": {
+        "gateway": {
+            "recording": {"enabled": True, "existingClaim": "turns"},
+            "config": {"record": {"max_bytes": 1 << 40}},
+        }
+    },
     "DNS": {
         "vllm": {"enabled": False},
         "gateway": {"config": {"discovery": {"kind": "dns", "dns_name": "vllm.other.svc"}}},
@@ -197,6 +204,28 @@ def test_helm_has_no_complaint(case: str) -> None:
     report = helm.lint(CHART, CASES[case], strict=True, namespace="fleet")
     assert not report["errors"]
     assert [m["error"] for m in report["messages"]] == ["icon is recommended"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recordings_lie_where_the_gateway_can_write(case: str, tmp_path: Path) -> None:
+    settings = settings_of(case, tmp_path)
+    gateway = next(item for (kind, _), item in objects(case).items() if kind == "Deployment")
+    recording = CASES[case].get("gateway", {}).get("recording", {})
+    assert (settings.record.directory is not None) == recording.get("enabled", False)
+    if settings.record.directory is None:
+        return
+    mounts = {
+        Path(m["mountPath"]): m["name"]
+        for m in container(gateway)["volumeMounts"]
+        if not m.get("readOnly")
+    }
+    places = [settings.record.directory, *settings.record.directory.parents]
+    name = next(mounts[place] for place in places if place in mounts)
+    (volume,) = (v for v in gateway["spec"]["template"]["spec"]["volumes"] if v["name"] == name)
+    claim = recording.get("existingClaim")
+    assert volume.get("persistentVolumeClaim", {}).get("claimName") == claim
+    if claim:
+        assert settings.record.max_bytes == 1 << 40
 
 
 @pytest.mark.parametrize("case", CASES)
