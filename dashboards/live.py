@@ -122,12 +122,19 @@ class Live:
     async def lose_a_pod(self) -> None:
         await self.pods.kill(PODS - 1)
 
+    async def interrupt_events(self) -> None:
+        """Break the KV events of one pod off for a second; then what was missed is replayed."""
+        events = self.pods.events[0]
+        events.close()
+        await asyncio.sleep(1)
+        events.open()
+
 
 @asynccontextmanager
 async def live(folder: Path) -> AsyncIterator[Live]:
     """Start it all; files and logs go into ``folder``."""
     async with (
-        EmbeddedFleet(pods=PODS, model=MODEL, speedup=6.0, config=ENGINE) as pods,
+        EmbeddedFleet(pods=PODS, model=MODEL, speedup=6.0, config=ENGINE, kv_events=True) as pods,
         redis(folder) as redis_url,
         AsyncExitStack() as stack,
     ):
@@ -135,7 +142,15 @@ async def live(folder: Path) -> AsyncIterator[Live]:
         for number in range(REPLICAS):
             settings = {
                 "port": 0,
-                "pods": [{"url": url, "name": f"pod-{n}"} for n, url in enumerate(pods.urls)],
+                "pods": [
+                    {
+                        "url": url,
+                        "name": f"pod-{n}",
+                        "kv_events": events.endpoint,
+                        "kv_events_replay": events.replay_endpoint,
+                    }
+                    for n, (url, events) in enumerate(zip(pods.urls, pods.events, strict=True))
+                ],
                 "models": {"aliases": {"*": MODEL}},
                 "forecast": {
                     "state_file": str(folder / f"forecast-{number}.npz"),

@@ -132,10 +132,18 @@ async def embedded_fleet(gateway: Gateway) -> AsyncIterator[None]:
         max_model_len=settings.max_model_len,
     )
     async with EmbeddedFleet(
-        pods=settings.pods, model=settings.model, speedup=settings.speedup, config=config
+        pods=settings.pods,
+        model=settings.model,
+        speedup=settings.speedup,
+        config=config,
+        kv_events=settings.kv_events,
     ) as embedded:
         for number, url in enumerate(embedded.urls):
-            gateway.fleet.add(PodSettings(url=url, name=f"embedded-{number}"))
+            pod = {"url": url, "name": f"embedded-{number}"}
+            if settings.kv_events:
+                events = embedded.events[number]
+                pod |= {"kv_events": events.endpoint, "kv_events_replay": events.replay_endpoint}
+            gateway.fleet.add(PodSettings.model_validate(pod))
         gateway.aliases.setdefault("*", settings.model)
         yield
 

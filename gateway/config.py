@@ -254,6 +254,8 @@ class EmbeddedSettings(_Model):
     """Longest prompt and answer together, in tokens."""
     speedup: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Modelled GPU times are divided by this."""
+    kv_events: bool = False
+    """Let them publish KV events, and follow these."""
 
     @field_validator("max_model_len")
     @classmethod

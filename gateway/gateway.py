@@ -41,7 +41,11 @@ class Gateway:
             settings.discovery.dp_ranks,
             (settings.discovery.kv_events_port, settings.discovery.kv_events_replay_port),
         )
-        if settings.discovery.kv_events_port or any(pod.kv_events for pod in settings.pods):
+        if (
+            settings.discovery.kv_events_port
+            or settings.embedded.kv_events
+            or any(pod.kv_events for pod in settings.pods)
+        ):
             import gateway.fleet.kv_events  # noqa: F401 (raises `ConfigError` where it cannot be)
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)

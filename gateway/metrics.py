@@ -25,6 +25,7 @@ from prometheus_client.process_collector import ProcessCollector
 from engine_patch.hints import Status
 from gateway.admission import Admission
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.ledger import Trouble
 from gateway.fleet.pod import Pod
 from gateway.hold import HoldEnd
 from gateway.losses import LOSS_CAUSES
@@ -463,7 +464,7 @@ class Metrics:
             for value in values:
                 (metric.metric if isinstance(metric, Family) else metric).labels(value)
 
-    def kv_events_troubled(self, pod: Pod, trouble: str) -> None:
+    def kv_events_troubled(self, pod: Pod, trouble: Trouble) -> None:
         self.pod_events_troubles.labels(pod.name, trouble).inc()
 
     def forget(self, pod: str) -> None:
@@ -525,6 +526,8 @@ class Metrics:
             self.pod_resident.labels(pod.name).set(pod.residency.resident_tokens)
             if pod.residency.ledger is not None:
                 self.pod_events_live.labels(pod.name).set(pod.residency.ledger.live)
+                for trouble in get_args(Trouble):
+                    self.pod_events_troubles.labels(pod.name, trouble)  # from the start, at 0
             if pod.residency.capacity_tokens is not None:
                 self.pod_capacity.labels(pod.name).set(pod.residency.capacity_tokens)
             load = pod.probed.load if pod.probed is not None else None
