@@ -55,7 +55,8 @@ class KvEvents:
         self._block_size_tokens = block_size_tokens
         self._events: list[BlockStored | BlockRemoved] = []
         self._past: deque[tuple[bytes, bytes]] = deque(maxlen=MAX_REPLAYED)
-        self._published = 0
+        self.published = 0
+        """Messages so far."""
         self.endpoint = _ANY_PORT
         self.open()
         self._router = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
@@ -96,8 +97,8 @@ class KvEvents:
             return
         payload = _encode((time.time(), self._events, 0))
         self._events = []
-        number = self._published.to_bytes(8, "big")
-        self._published += 1
+        number = self.published.to_bytes(8, "big")
+        self.published += 1
         self._past.append((number, payload))
         if not self._publisher.closed:
             self._publisher.send_multipart((b"", number, payload), zmq.NOBLOCK)

@@ -102,6 +102,11 @@ class Subscription:
         self._groups: dict[int | None, bool] = {}
         """Groups of layers that were seen, and whether they keep whole prefixes."""
 
+    @property
+    def heard(self) -> int:
+        """Messages of the engine so far, up to the last one taken in."""
+        return self._last + 1
+
     async def run(self) -> Never:
         """Follow the pod, for ever; a fault is counted, and the following starts anew."""
         while True:
