@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import cycle
 from random import Random
 from typing import Any, ClassVar, Final
 
@@ -69,13 +70,13 @@ class Conversation:
 
     def __init__(
         self,
-        client: aiohttp.ClientSession,
+        clients: Iterator[aiohttp.ClientSession],
         headers: dict[str, str],
         system: str,
         names: Sequence[str],
     ) -> None:
-        """Tools by their names."""
-        self.client = client
+        """Each turn is asked of the next of the clients. Tools by their names."""
+        self.clients = clients
         self.headers = headers
         self.system = system
         self.names = list(names)
@@ -85,7 +86,7 @@ class Conversation:
         """One streamed turn; the ids of the tool calls that the answer asks for."""
         body = orjson.dumps({"model": MODEL, "stream": True, **self.request()})
         headers = {**self.headers, SCRIPT: script}
-        async with self.client.post(self.path, data=body, headers=headers) as response:
+        async with next(self.clients).post(self.path, data=body, headers=headers) as response:
             lines = (await response.read()).splitlines()
         events = [orjson.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
         if response.status != 200 or any("error" in event for event in events):
@@ -225,10 +226,11 @@ CLIENTS: Final[tuple[tuple[type[Conversation], str, str | None], ...]] = (
 
 
 class Agent:
-    """One agent after the other in the same place, until cancelled."""
+    """One agent after the other in the same place, until cancelled. Its turns go to the replicas of
+    the gateway by turns, as behind a load balancer."""
 
-    def __init__(self, client: aiohttp.ClientSession, number: int) -> None:
-        self.client = client
+    def __init__(self, clients: Sequence[aiohttp.ClientSession], number: int) -> None:
+        self.clients = cycle(clients)
         self.number = number
         self.random = Random(number)
         self.kind, self.program, self.names_itself = CLIENTS[number % len(CLIENTS)]
@@ -249,7 +251,7 @@ class Agent:
         if parent is not None:
             headers["x-claude-code-agent-id"] = name
         tools = sorted({call[0] for call, _, _ in TOOLS.values()} | {"Task"})
-        talk = self.kind(self.client, headers, text(1000, self.program), tools)
+        talk = self.kind(self.clients, headers, text(1000, self.program), tools)
         talk.say(text(2500, f"task {name}"))
         for left in reversed(range(random.randint(*TURNS) if parent is None else 2)):
             if not await self.turn(talk, left == 0, name, parent):

@@ -36,7 +36,14 @@ def make() -> Dashboard:
         "cachewise-gateway",
         "CacheWise / Gateway",
         "CPU, memory, errors, event-loop lag and overhead of the gateways themselves.",
-        {"": NOW, "Overhead": OVERHEAD, "Process": PROCESS, "Errors": ERRORS, "Replicas": REPLICAS},
+        {
+            "": NOW,
+            "Overhead": OVERHEAD,
+            "Process": PROCESS,
+            "Errors": ERRORS,
+            "Replicas": REPLICAS,
+            "Recording": RECORDING,
+        },
     )
 
 
@@ -222,6 +229,35 @@ ERRORS = [
         "reqps",
         (rate("cachewise_discovery_failures_total", GATEWAY), "failures"),
         colours={"failures": "red"},
+        span=6,
+    ),
+]
+RECORDING = [
+    graph(
+        "Turns recorded",
+        "Turns a second written into recordings, and those that were lost: the disk was too slow"
+        " (queue), is full or cannot be written (disk). Zero without `record.directory`.",
+        "as many as turns end; none lost.",
+        "reqps",
+        (rate("cachewise_recorded_turns_total", GATEWAY), "recorded"),
+        (rate("cachewise_recording_lost_turns_total", GATEWAY, "lost_to"), "lost: {{lost_to}}"),
+        colours={"recorded": "green"},
+        span=6,
+    ),
+    graph(
+        "Recording",
+        "Replicas that record. It stops by itself on a full disk, and goes on by itself.",
+        "all of yours, or 0 if it is off.",
+        "short",
+        (f"sum(cachewise_recording{{{GATEWAY}}})", "replicas"),
+        span=6,
+    ),
+    graph(
+        "Bytes recorded",
+        "What recordings take on the disk, a second; `record.max_bytes` bounds the whole.",
+        "a hundred bytes a turn or so.",
+        "Bps",
+        (rate("cachewise_recorded_bytes_total", GATEWAY), "written"),
         span=6,
     ),
 ]

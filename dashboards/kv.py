@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from dashboards.panels import ENGINE, GATEWAY, POD, board, graph, percentile, rate
+from dashboards.panels import ENGINE, GATEWAY, POD, board, graph, mean, percentile, rate
 
 KINDS = {
     "open": "green",
@@ -61,12 +61,12 @@ RESIDENCY = [
     ),
     graph(
         "Believed resident",
-        "Tokens of sessions that the gateways believe to be in each pod's cache, as a share of its"
-        " capacity.",
+        "Tokens of sessions believed to be in each pod's cache, as a share of its capacity, by the"
+        " replica that believes most: with a store each knows of all.",
         "near 100 % on a busy pod: a cache is there to be full.",
         "percentunit",
         (
-            f"sum by (pod) (cachewise_pod_resident_tokens{{{POD}}})"
+            f"{highest('cachewise_pod_resident_tokens')}"
             f" / {highest('cachewise_pod_kv_capacity_tokens')}",
             "{{pod}}",
         ),
@@ -279,11 +279,12 @@ EVENTS = [
 ]
 ENGINES = [
     graph(
-        "Time in vLLM's queue, p90",
-        "What requests waited inside vLLM before they first ran.",
+        "Time in vLLM's queue",
+        "What requests waited inside vLLM before they first ran, on average: the first bucket ends"
+        " at 0.3 s, so a percentile cannot tell shorter waits apart.",
         "near 0 with admission: turns wait at the gateway instead.",
         "s",
-        (percentile(0.9, "vllm:request_queue_time_seconds", ENGINE, "pod"), "{{pod}}"),
+        (mean("vllm:request_queue_time_seconds", ENGINE, "pod"), "{{pod}}"),
         log=True,
     ),
     graph(

@@ -1,6 +1,6 @@
 """A small fleet under load, watched by a real Prometheus: for the boards' pictures and their test.
 
-Embedded pods, a gateway in a process of its own, made-up agents and trouble.
+Embedded pods, two replicas of the gateway that share a Redis, made-up agents and trouble.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from gateway.embedded.scheduler import EngineConfig
 
 RULES: Final = Path(__file__).resolve().parents[1] / "k8s" / "chart" / "rules"
 PODS: Final = 3
+REPLICAS: Final = 2
 ENGINE: Final = EngineConfig(kv_capacity_tokens=48_000, max_model_len=40_000)
 """A cache for a few sessions, so that some must wait and some are evicted."""
 SCRAPE_S: Final = 1
@@ -92,17 +93,22 @@ class Live:
     """A fleet at work, and its Prometheus."""
 
     prometheus: Prometheus
-    gateway_url: str
+    gateway_urls: list[str]
     pods: EmbeddedFleet
     began_at: float
 
     @asynccontextmanager
     async def at_work(self, agents: int = 24) -> AsyncIterator[None]:
         """Load as long as the context lasts. Raises what went wrong in an agent."""
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(self.gateway_url, connector=connector) as client:
-            crew = [Agent(client, number).run() for number in range(agents)]
-            tasks = [asyncio.create_task(one) for one in (*crew, make_trouble(client))]
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
+                )
+                for url in self.gateway_urls
+            ]
+            crew = [Agent(clients, number).run() for number in range(agents)]
+            tasks = [asyncio.create_task(one) for one in (*crew, make_trouble(clients[0]))]
             try:
                 yield
             finally:
@@ -116,31 +122,67 @@ class Live:
     async def lose_a_pod(self) -> None:
         await self.pods.kill(PODS - 1)
 
+    async def interrupt_events(self) -> None:
+        """Break the KV events of one pod off for a second; then what was missed is replayed."""
+        events = self.pods.events[0]
+        events.close()
+        await asyncio.sleep(1)
+        events.open()
+
 
 @asynccontextmanager
 async def live(folder: Path) -> AsyncIterator[Live]:
     """Start it all; files and logs go into ``folder``."""
-    async with EmbeddedFleet(pods=PODS, model=MODEL, speedup=6.0, config=ENGINE) as pods:
-        settings = {
-            "port": 0,
-            "pods": [{"url": url, "name": f"pod-{n}"} for n, url in enumerate(pods.urls)],
-            "models": {"aliases": {"*": MODEL}},
-            "forecast": {"state_file": str(folder / "forecast.npz"), "save_interval_s": 2},
-            "probe": {"interval_s": 0.5},
-            "log": {"level": "error"},
-        }
-        config = folder / "cachewise.yaml"
-        config.write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "gateway.cli", "serve", "--config", str(config)]
-        async with process(command, folder / "gateway.log"):
-            url = await _address(folder / "gateway.log")
-            async with prometheus(folder, url, pods.urls) as watching:
-                yield Live(watching, url, pods, time.time())
+    async with (
+        EmbeddedFleet(pods=PODS, model=MODEL, speedup=6.0, config=ENGINE, kv_events=True) as pods,
+        redis(folder) as redis_url,
+        AsyncExitStack() as stack,
+    ):
+        logs = []
+        for number in range(REPLICAS):
+            settings = {
+                "port": 0,
+                "pods": [
+                    {
+                        "url": url,
+                        "name": f"pod-{n}",
+                        "kv_events": events.endpoint,
+                        "kv_events_replay": events.replay_endpoint,
+                    }
+                    for n, (url, events) in enumerate(zip(pods.urls, pods.events, strict=True))
+                ],
+                "models": {"aliases": {"*": MODEL}},
+                "forecast": {
+                    "state_file": str(folder / f"forecast-{number}.npz"),
+                    "save_interval_s": 2,
+                },
+                "probe": {"interval_s": 0.5},
+                "sharing": {"redis_url": redis_url},
+                "log": {"level": "error"},
+            }
+            config = folder / f"cachewise-{number}.yaml"
+            config.write_text(yaml.safe_dump(settings))
+            command = [sys.executable, "-m", "gateway.cli", "serve", "--config", str(config)]
+            logs.append(folder / f"gateway-{number}.log")
+            await stack.enter_async_context(process(command, logs[-1]))
+        urls = [await _address(log) for log in logs]
+        async with prometheus(folder, urls, pods.urls) as watching:
+            yield Live(watching, urls, pods, time.time())
+
+
+@asynccontextmanager
+async def redis(folder: Path) -> AsyncIterator[str]:
+    """A Redis that keeps nothing on disk; its address."""
+    port = _free_port()
+    command = [shutil.which("redis-server") or "redis-server", "--port", str(port)]
+    command += [*("--bind", "127.0.0.1", "--save", ""), "--dir", str(folder)]
+    async with process(command, folder / "redis.log"):
+        yield f"redis://127.0.0.1:{port}/0"
 
 
 @asynccontextmanager
 async def prometheus(
-    folder: Path, gateway_url: str, pod_urls: Sequence[str]
+    folder: Path, gateway_urls: Sequence[str], pod_urls: Sequence[str]
 ) -> AsyncIterator[Prometheus]:
     """Prometheus, set up as in compose.yaml but for the interval: the gateway's own label `pod` is
     kept, and the pods are given the same."""
@@ -148,7 +190,7 @@ async def prometheus(
         {"targets": [url.partition("//")[2]], "labels": {"pod": f"pod-{number}"}}
         for number, url in enumerate(pod_urls)
     ]
-    gateway = [{"targets": [gateway_url.partition("//")[2]]}]
+    gateway = [{"targets": [url.partition("//")[2] for url in gateway_urls]}]
     every = f"{SCRAPE_S}s"
     config = {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
@@ -159,8 +201,7 @@ async def prometheus(
         ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = _free_port()
     command = [
         shutil.which("prometheus") or "prometheus",
         f"--config.file={folder / 'prometheus.yml'}",
@@ -197,6 +238,11 @@ async def process(command: Sequence[str], log: Path) -> AsyncIterator[None]:
         except TimeoutError:
             started.kill()
             await started.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 async def _address(log: Path) -> str:

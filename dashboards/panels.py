@@ -46,6 +46,12 @@ def percentile(p: float, histogram: str, where: str, by: str = "") -> str:
     return f"histogram_quantile({p}, {rate(f'{histogram}_bucket', where, labels)})"
 
 
+def mean(histogram: str, where: str, by: str) -> str:
+    """The mean of what a histogram counts, by the labels."""
+    total, count = (rate(f"{histogram}_{part}", where, by) for part in ("sum", "count"))
+    return f"{total} / {count}"
+
+
 def percentiles(histogram: str, where: str, *ps: float) -> list[Query]:
     return [(percentile(p, histogram, where), f"p{100 * p:g}") for p in ps]
 

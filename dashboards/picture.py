@@ -147,7 +147,7 @@ class Picture:
             self.text(
                 left + width / 2,
                 top - height / 2,
-                "not on embedded pods",
+                "No data",
                 size=9,
                 color=FAINT,
                 ha="center",
@@ -312,7 +312,9 @@ async def draw(name: str, board: Json, prometheus: Prometheus, began: float, end
 
 async def draw_all(fleet: Live, seconds: float) -> None:
     async with fleet.at_work():
-        await asyncio.sleep(0.7 * seconds)
+        await asyncio.sleep(0.4 * seconds)
+        await fleet.interrupt_events()
+        await asyncio.sleep(0.3 * seconds)
         await fleet.lose_a_pod()
         await asyncio.sleep(0.3 * seconds)
     IMAGES.mkdir(exist_ok=True)

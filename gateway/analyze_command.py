@@ -40,9 +40,9 @@ def analyze(
 ) -> None:
     """Show what recorded sessions look like, and what a prefix cache makes of them.
 
-    Reads transcripts of Claude Code (~/.claude/projects) and Codex (~/.codex/sessions),
-    kv-cache-tester sessions, Mooncake traces and turn records (docs/traces.md). Without --html,
-    --json and --markdown the report is printed.
+    Reads the gateway's own recordings, transcripts of Claude Code (~/.claude/projects) and Codex
+    (~/.codex/sessions), kv-cache-tester sessions, Mooncake traces and turn records
+    (docs/traces.md). Without --html, --json and --markdown the report is printed.
     """
     # numpy and what needs it: the other commands do without.
     from gateway.analysis import report

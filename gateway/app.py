@@ -67,6 +67,8 @@ def create_app(settings: Settings) -> App:
         async with AsyncExitStack() as stack:
             if gateway.tracer is not None:
                 await stack.enter_async_context(gateway.tracer.running())
+            if gateway.recorder is not None:
+                await stack.enter_async_context(gateway.recorder.running())
             if not settings.pods and settings.discovery.kind == "static":
                 await stack.enter_async_context(embedded_fleet(gateway))
             await stack.enter_async_context(gateway.relay)
@@ -130,10 +132,18 @@ async def embedded_fleet(gateway: Gateway) -> AsyncIterator[None]:
         max_model_len=settings.max_model_len,
     )
     async with EmbeddedFleet(
-        pods=settings.pods, model=settings.model, speedup=settings.speedup, config=config
+        pods=settings.pods,
+        model=settings.model,
+        speedup=settings.speedup,
+        config=config,
+        kv_events=settings.kv_events,
     ) as embedded:
         for number, url in enumerate(embedded.urls):
-            gateway.fleet.add(PodSettings(url=url, name=f"embedded-{number}"))
+            pod = {"url": url, "name": f"embedded-{number}"}
+            if settings.kv_events:
+                events = embedded.events[number]
+                pod |= {"kv_events": events.endpoint, "kv_events_replay": events.replay_endpoint}
+            gateway.fleet.add(PodSettings.model_validate(pod))
         gateway.aliases.setdefault("*", settings.model)
         yield
 

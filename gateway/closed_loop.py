@@ -78,11 +78,11 @@ class ClosedLoop:
 
     # -- a turn ----------------------------------------------------------------------------------
 
-    def gap_ended(self, turn: Turn, headers: Headers) -> None:
-        """The session is back: learn how its forecast came out."""
+    def gap_ended(self, turn: Turn, headers: Headers) -> list[float | None] | None:
+        """The session is back: learn how its forecast came out. See `Foresight.came_back`."""
         self.waits.end(turn.session.sid)
         gap_s = turn.gap.seconds if turn.gap is not None else None
-        self.foresight.came_back(turn.session, gap_s, headers)
+        return self.foresight.came_back(turn.session, gap_s, headers)
 
     def gap_begins(
         self,

@@ -254,6 +254,8 @@ class EmbeddedSettings(_Model):
     """Longest prompt and answer together, in tokens."""
     speedup: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Modelled GPU times are divided by this."""
+    kv_events: bool = False
+    """Let them publish KV events, and follow these."""
 
     @field_validator("max_model_len")
     @classmethod
@@ -557,6 +559,16 @@ class TracingSettings(_Model):
         return url if urlsplit(url).path else f"{url}/v1/traces"
 
 
+class RecordSettings(_Model):
+    directory: Path | None = None
+    """Directory into which turns are recorded (docs/recording.md): counts, times and names, no
+    text. Off if not set."""
+    max_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        default=1 << 30, json_schema_extra=_allowed("a whole number ≥ 1048576")
+    )
+    """Disk space that recordings may take there; the oldest are removed."""
+
+
 class LogSettings(_Model):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level written."""
@@ -606,6 +618,7 @@ class Settings(BaseSettings):
     access: AccessSettings = AccessSettings()
     tls: TlsSettings = TlsSettings()
     tracing: TracingSettings = TracingSettings()
+    record: RecordSettings = RecordSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("pods")

@@ -61,12 +61,13 @@ class Foresight:
 
     def came_back(
         self, session: Session, gap_s: float | None, headers: Mapping[bytes, bytes]
-    ) -> None:
-        """Learn from a gap that has ended; None where it was not measured."""
+    ) -> list[float | None] | None:
+        """Learn from a gap that has ended; None where it was not measured. Returns how long each of
+        the calls it was spent on ran, seconds, if the client says so."""
         forecast = session.forecast
         session.forecast = None
         if forecast is None or gap_s is None:
-            return
+            return None
         label = label_of(forecast)
         self.metrics.forecasts[label,].inc()
         self.metrics.tool_gaps[label,].observe(gap_s)
@@ -75,6 +76,7 @@ class Foresight:
         durations = headers.get(DURATIONS)
         matched = matched_durations(forecast, durations) if durations else None
         self.predictor.observe(forecast, gap_s, matched)
+        return matched
 
     def given_up(self, session: Session, now: float) -> None:
         """Learn from a session that was not seen again for so long that it is forgotten."""

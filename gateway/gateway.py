@@ -21,10 +21,9 @@ from gateway.sessions import SessionStore
 from gateway.turn_history import TurnHistory
 
 if TYPE_CHECKING:
-    from gateway.tracing import Tracer
-
-if TYPE_CHECKING:
+    from gateway.recorder.recorder import Recorder
     from gateway.sharing.sharing import Sharing
+    from gateway.tracing import Tracer
 
 
 class Gateway:
@@ -42,7 +41,11 @@ class Gateway:
             settings.discovery.dp_ranks,
             (settings.discovery.kv_events_port, settings.discovery.kv_events_replay_port),
         )
-        if settings.discovery.kv_events_port or any(pod.kv_events for pod in settings.pods):
+        if (
+            settings.discovery.kv_events_port
+            or settings.embedded.kv_events
+            or any(pod.kv_events for pod in settings.pods)
+        ):
             import gateway.fleet.kv_events  # noqa: F401 (raises `ConfigError` where it cannot be)
         self.relay = Relay(settings.relay, forward_client_key=settings.access.forward_client_key)
         self.sessions = SessionStore(settings.sessions.max_sessions, settings.sessions.ttl_s)
@@ -59,6 +62,15 @@ class Gateway:
         self.turns_asked = 0
         self.wall_minus_monotonic_s = time.time() - time.monotonic()
         self.history = TurnHistory(self.wall_minus_monotonic_s)
+        self.recorder = self._recorder()
+
+    def _recorder(self) -> Recorder | None:
+        """Raises `ConfigError` if its directory cannot be used."""
+        if self.settings.record.directory is None:
+            return None
+        from gateway.recorder.recorder import Recorder
+
+        return Recorder(self.settings.record, self.metrics, self.wall_minus_monotonic_s)
 
     def _sharing(self) -> Sharing | None:
         """Raises `ConfigError` if the store's client is not installed."""

@@ -25,6 +25,7 @@ from prometheus_client.process_collector import ProcessCollector
 from engine_patch.hints import Status
 from gateway.admission import Admission
 from gateway.fleet.fleet import Fleet
+from gateway.fleet.ledger import Trouble
 from gateway.fleet.pod import Pod
 from gateway.hold import HoldEnd
 from gateway.losses import LOSS_CAUSES
@@ -37,11 +38,12 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 STAGES = (
     *("session", "admission", "route", "observe", "forecast", "settle", "history", "inspector"),
-    *("forget", "tick", "sharing", "audit", "trace"),
+    *("forget", "tick", "sharing", "audit", "trace", "record"),
 )
 """Where a fault of the clever part is survived."""
 RETRY_REASONS = ("status_503", *(r for r in get_args(Reason) if r != "first_byte_timeout"))
 """Who has waited for a pod's first byte in vain is not sent to another."""
+LOST_TO = ("queue", "disk", "fault")
 HINT_RESULTS = (*get_args(Status), "failed", "dropped")
 HOLD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 90, 120, 180, 240, 300)
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
@@ -423,6 +425,25 @@ class Metrics:
             "Log lines given up because the log could not be written fast enough.",
             registry=registry,
         )
+        self.recording = Gauge(
+            "cachewise_recording",
+            "1 while turns are recorded, 0 while they are not: it is off, or the disk is full.",
+            registry=registry,
+        )
+        self.recorded_turns = Counter(
+            "cachewise_recorded_turns", "Turns written into recordings.", registry=registry
+        )
+        self.recorded_bytes = Counter(
+            "cachewise_recorded_bytes", "Bytes that they took on the disk.", registry=registry
+        )
+        self.recording_lost = Family(
+            Counter(
+                "cachewise_recording_lost_turns",
+                "Turns that should have been recorded and were not, by what they were lost to.",
+                ("lost_to",),
+                registry=registry,
+            )
+        )
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
@@ -437,12 +458,13 @@ class Metrics:
             (self.lost_tokens, LOSS_CAUSES),
             (self.holds, get_args(HoldEnd)),
             (self.hints, HINT_RESULTS),
+            (self.recording_lost, LOST_TO),
         )
         for metric, values in words:
             for value in values:
                 (metric.metric if isinstance(metric, Family) else metric).labels(value)
 
-    def kv_events_troubled(self, pod: Pod, trouble: str) -> None:
+    def kv_events_troubled(self, pod: Pod, trouble: Trouble) -> None:
         self.pod_events_troubles.labels(pod.name, trouble).inc()
 
     def forget(self, pod: str) -> None:
@@ -504,6 +526,8 @@ class Metrics:
             self.pod_resident.labels(pod.name).set(pod.residency.resident_tokens)
             if pod.residency.ledger is not None:
                 self.pod_events_live.labels(pod.name).set(pod.residency.ledger.live)
+                for trouble in get_args(Trouble):
+                    self.pod_events_troubles.labels(pod.name, trouble)  # from the start, at 0
             if pod.residency.capacity_tokens is not None:
                 self.pod_capacity.labels(pod.name).set(pod.residency.capacity_tokens)
             load = pod.probed.load if pod.probed is not None else None
@@ -546,7 +570,7 @@ LABELS = {
     " retry: `refused`, `connect_timeout`, `disconnected`, `lost`, `failed`, `status_503`",
     "stage": "where a fault was survived: `session`, `admission`, `route`, `observe`, `forecast`,"
     " `settle`, `history`, `inspector`, `forget`, `tick`, `sharing`, `audit` (what a fault had left"
-    " in the books was found), `trace` (a span is lost)",
+    " in the books was found), `trace` (a span is lost), `record` (a turn's record is lost)",
     "loss": "`first_turn` (the session is new), `prefix_break`, `moved` (to another pod),"
     " `pod_restart`, `evicted`; see [admission](admission.md)",
     "hold_end": "`released`, `too_long`, `queue_full` (not held at all), `client_gone`, `no_pod`,"
@@ -554,6 +578,7 @@ LABELS = {
     "lane": "`agent`, `aside`",
     "hint_result": "the pod's answer: `applied`, `clipped`, `rejected`, `unsupported`; or `failed`"
     " (not delivered), `dropped` (the queue was full)",
+    "lost_to": "`queue` (the disk was too slow), `disk` (full, or not to be written), `fault`",
     "status": "an HTTP status code",
     "tool_kind": "what was waited for: `shell`, `poll`, `read`, `edit`, `search`, `plan`,"
     " `subagent`, `message`, `web`, `human`, `background`, `mcp`, `other`, `ended`",

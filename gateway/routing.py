@@ -161,6 +161,7 @@ def choose(
     weighed: list[tuple[Pod, int]] = []
     for pod in pods:
         resident_tokens, own = weigh(pod, arrival)
+        own = own and (not arrival.resumed or pod.residency.knows(arrival.sid))
         at_home = at_home or own
         weighed.append((pod, resident_tokens))
     home_name = _home(arrival, weighed)
@@ -234,7 +235,7 @@ def _agreed(arrival: Arrival, candidates: Sequence[Candidate]) -> Candidate:
     within = [
         c
         for c, load_s in zip(candidates, with_it, strict=True)
-        if load_s - (c.prefill_s if arrival.resumed else 0.0) <= bound_s
+        if load_s - (_prompt_s(arrival, c.pod) if arrival.resumed else 0.0) <= bound_s
     ]
     home = None if arrival.resumed else arrival.home
     return max(within, key=lambda c: (c.pod.name == home, rendezvous(arrival, c.pod)))
@@ -263,6 +264,11 @@ def _worth_following(arrival: Arrival, candidates: Sequence[Candidate], instead:
 def _turn_s(pod: Pod) -> float:
     """Mean prefill seconds of the pod's turns."""
     return pod.rate.seconds * (1 - pod.rate.keep)
+
+
+def _prompt_s(arrival: Arrival, pod: Pod) -> float:
+    """Seconds to prefill the whole prompt there."""
+    return arrival.prompt_tokens / pod.rate.tokens_per_s
 
 
 def _load(arrival: Arrival, candidate: Candidate) -> tuple[float, int, int, int]:

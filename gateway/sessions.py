@@ -129,6 +129,8 @@ class Session:
     """Another replica of the gateway has served it last, and has said so."""
     skeleton: Skeleton | None = None
     """Of its latest request, where that was served by another replica."""
+    heads_elsewhere: frozenset[int] = frozenset()
+    """Links under which its latest request began, where another replica has said so."""
     heard_at: float = -inf
     """When another replica, or the store, last spoke of it."""
     marks: tuple[bytes, ...] = ()
@@ -251,6 +253,7 @@ class SessionStore:
         resumed = fork is None and _answered_elsewhere(session, request, change)
         session.elsewhere = False
         session.skeleton = None
+        session.heads_elsewhere = frozenset()
         gap = self._close_gap(session, request, request_class, now)
         self._note_background(session, request, change)
 
@@ -648,6 +651,12 @@ def _advance(session: Session, request: TurnRequest) -> tuple[Prefix, PrefixChan
     prefix, change = advance(session.prefix, request)
     if session.skeleton is not None:
         change = since(session.skeleton, prefix)
+    heads = session.heads_elsewhere
+    broken_here = change.cause is not None and heads.isdisjoint(prefix.chain[change.same :])
+    if heads and heads.issubset(prefix.chain) and not broken_here:
+        # It begins as the one before it did, which another replica has served: so far as that says
+        # nothing has changed, whatever has since this replica saw it.
+        change = PrefixChange(change.same, change.total_bytes, change.total_bytes)
     return prefix, change
 
 

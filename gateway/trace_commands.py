@@ -22,6 +22,7 @@ app = typer.Typer(help="Recorded sessions.", no_args_is_help=True)
 class Target(StrEnum):
     """Formats that are written."""
 
+    cachewise = "cachewise"
     mooncake = "mooncake"
     kv_cache_tester = "kv-cache-tester"
 
@@ -32,11 +33,11 @@ def convert(
     to: Annotated[Target, typer.Option(help="The format to write.")],
     out: Annotated[
         Path,
-        typer.Option(help="The file (mooncake) or the directory (kv-cache-tester) to write."),
+        typer.Option(help="The file to write; for kv-cache-tester the directory."),
     ],
 ) -> None:
     """Write traces in another format (docs/traces.md says what each can hold)."""
-    from gateway.traces import kv_cache_tester, mooncake
+    from gateway.traces import cachewise, kv_cache_tester, mooncake
     from gateway.traces.lines import TraceError
     from gateway.traces.load import load
 
@@ -47,9 +48,10 @@ def convert(
     if not trace.sessions:
         raise ConfigError("trace convert: no session of a known format (docs/traces.md)")
     try:
-        if to is Target.mooncake:
+        if to is not Target.kv_cache_tester:
+            dump = mooncake.dump if to is Target.mooncake else cachewise.dump
             with out.open("wb") as file:
-                file.writelines(mooncake.dump(trace.sessions))
+                file.writelines(dump(trace.sessions))
         else:
             out.mkdir(parents=True, exist_ok=True)
             for number, (_, text) in enumerate(kv_cache_tester.dump(trace.sessions), 1):

@@ -31,8 +31,6 @@ CANDIDATES_KEPT: Final = 8
 """Pods that were weighed, the cheapest and the chosen one, of one turn."""
 TOOLS_KEPT: Final = 8
 NAME_CHARS: Final = 64
-QUANTILES: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of a forecast, as spans and rows state them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -167,7 +165,7 @@ def phase_of(flow: TurnFlow) -> tuple[str, float]:
 def _span(flow: TurnFlow, now: float, outcome: TurnOutcome | None, wall_s: float) -> dict[str, Any]:
     """What a timeline draws of a turn. Seconds; ``at`` is of the epoch, ``held``, ``first`` (the
     first byte) and ``s`` (the end) count from there. ``kv`` is prompt, cached and output tokens;
-    ``q`` are the `QUANTILES` of the forecast of the gap that follows, ``p`` is P(return)."""
+    ``q`` is the forecast (`Fixed.stated`) of the gap that follows, ``p`` is P(return)."""
     turn = flow.turn
     assert turn is not None
     session = turn.session
@@ -195,7 +193,7 @@ def _span(flow: TurnFlow, now: float, outcome: TurnOutcome | None, wall_s: float
     if session.idle_kind is not None and not session.in_flight:
         span["next"] = session.idle_kind
     if isinstance(flow.forecast, Fixed):
-        span["q"] = flow.forecast.quantiles(QUANTILES)
+        span["q"] = flow.forecast.stated()
         span["p"] = round(flow.forecast.p_return, 3)
     return span
 

@@ -112,6 +112,8 @@ class TurnFlow:
         self.hold: dict[str, Any] | None = None
         """Why it was held."""
         self.losses: dict[LossCause, int] = {}
+        self.call_durations_s: list[float | None] | None = None
+        """How long each call of the turn before ran, if the client says so."""
         self.trace: TurnTrace | None = None
         """None unless tracing is on."""
 
@@ -205,7 +207,7 @@ class TurnFlow:
             metrics.prefix_breaks.labels(turn.change.cause).inc()
             metrics.prefix_lost_tokens.labels(turn.change.cause).inc(turn.lost_tokens)
         with self._survived("forecast"):
-            gateway.loop.gap_ended(turn, self.headers)
+            self.call_durations_s = gateway.loop.gap_ended(turn, self.headers)
         if gateway.sharing is not None:
             gateway.sharing.began(turn)
         return turn
@@ -513,6 +515,11 @@ class TurnFlow:
         gateway.metrics.turn_duration[wire,].observe(now - self.started_at)
         with self._survived("history"):
             gateway.history.end(self, now, outcome)
+        if gateway.recorder is not None:
+            try:
+                gateway.recorder.ended(self, now, outcome)
+            except Exception:
+                self._degraded("record")
         log_turn(self, now, outcome)
         if self.trace is not None:
             self.trace.end(self, outcome, now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
 from typing import Final
@@ -15,6 +15,9 @@ from gateway.idle import IdleKind
 
 AGAIN_AT: Final = (0.5, 0.9, 0.99)
 """A pod is told again when a wait outlives these quantiles of its forecast."""
+
+QUANTILES: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Of a forecast, as it is stated."""
 
 _START: Final = (0.0, 1.0)
 _LEFT: Final = itemgetter(1)
@@ -26,6 +29,7 @@ class Fixed:
 
     p_return: float
     points: tuple[tuple[float, float], ...]
+    _stated: list[float | None] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @classmethod
     def of(cls, forecast: GapForecast) -> Fixed:
@@ -33,6 +37,12 @@ class Fixed:
 
     def curve(self) -> Sequence[tuple[float, float]]:
         return self.points
+
+    def stated(self) -> list[float | None]:
+        """Its `QUANTILES`, worked out once. Not to be changed."""
+        if not self._stated:
+            self._stated.extend(self.quantiles(QUANTILES))
+        return self._stated
 
     def quantiles(self, probabilities: Sequence[float]) -> list[float | None]:
         """Seconds by which the gap has ended with each of the ``probabilities``, if the session

@@ -88,6 +88,7 @@ def values() -> Json:
             config={"$ref": "#/$defs/Settings"},
             drainSeconds=SECONDS,
             resources=resources(),
+            recording=section(enabled=BOOL, existingClaim=TEXT),
             autoscaling=section(
                 enabled=BOOL,
                 minReplicas=COUNT,

@@ -99,6 +99,13 @@ CASES: dict[str, Json] = {
         "gateway": {"config": {"pods": ["http://a:8000", {"url": "http://b:8000", "name": "b"}]}},
         "networkPolicy": {"gatewayFrom": [{"podSelector": {}}]},
     },
+    "recording": {"gateway": {"recording": {"enabled": True}}},
+    "recording into a claim": {
+        "gateway": {
+            "recording": {"enabled": True, "existingClaim": "turns"},
+            "config": {"record": {"max_bytes": 1 << 40}},
+        }
+    },
     "DNS": {
         "vllm": {"enabled": False},
         "gateway": {"config": {"discovery": {"kind": "dns", "dns_name": "vllm.other.svc"}}},
@@ -154,20 +161,33 @@ def _schemas_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 _schema = functools.cache(sys.modules["kubernetes_validate.utils"].schema_contents)
 
 
-def settings_of(case: str, folder: Path) -> Settings:
+def environment_of(item: Json, made: dict[tuple[str, str], Json]) -> dict[str, str]:
+    """The variables of a workload's container, those from the chart's Secret too."""
+    env = {}
+    for variable in container(item).get("env", ()):
+        source = variable.get("valueFrom", {}).get("secretKeyRef")
+        if source is None:
+            env[variable["name"]] = variable["value"]
+        elif ("Secret", source["name"]) in made:
+            env[variable["name"]] = made["Secret", source["name"]]["stringData"][source["key"]]
+    return env
+
+
+def settings_from(made: dict[tuple[str, str], Json], folder: Path) -> Settings:
     """The gateway's settings as its container would find them."""
-    made = objects(case)
     gateway = made["Deployment", next(n for k, n in made if k == "ConfigMap")]
-    text = made["ConfigMap", gateway["metadata"]["name"]]["data"]["cachewise.yaml"]
-    (folder / "api-keys").write_text(KEY)
+    name = gateway["metadata"]["name"]
+    text = made["ConfigMap", name]["data"]["cachewise.yaml"]
+    secret = made.get(("Secret", name), {}).get("stringData", {})
+    (folder / "api-keys").write_text(secret.get("api-keys", KEY))
     file = folder / "cachewise.yaml"
     file.write_text(text.replace("/etc/cachewise/secret", str(folder)))
-    env = {}
-    for variable in container(gateway).get("env", ()):
-        source = variable.get("valueFrom", {}).get("secretKeyRef")
-        if source is not None and ("Secret", source["name"]) in made:
-            env[variable["name"]] = made["Secret", source["name"]]["stringData"][source["key"]]
+    env = environment_of(gateway, made)
     return config.load_settings({}, file, env)
+
+
+def settings_of(case: str, folder: Path) -> Settings:
+    return settings_from(objects(case), folder)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,6 +204,28 @@ def test_helm_has_no_complaint(case: str) -> None:
     report = helm.lint(CHART, CASES[case], strict=True, namespace="fleet")
     assert not report["errors"]
     assert [m["error"] for m in report["messages"]] == ["icon is recommended"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recordings_lie_where_the_gateway_can_write(case: str, tmp_path: Path) -> None:
+    settings = settings_of(case, tmp_path)
+    gateway = next(item for (kind, _), item in objects(case).items() if kind == "Deployment")
+    recording = CASES[case].get("gateway", {}).get("recording", {})
+    assert (settings.record.directory is not None) == recording.get("enabled", False)
+    if settings.record.directory is None:
+        return
+    mounts = {
+        Path(m["mountPath"]): m["name"]
+        for m in container(gateway)["volumeMounts"]
+        if not m.get("readOnly")
+    }
+    places = [settings.record.directory, *settings.record.directory.parents]
+    name = next(mounts[place] for place in places if place in mounts)
+    (volume,) = (v for v in gateway["spec"]["template"]["spec"]["volumes"] if v["name"] == name)
+    claim = recording.get("existingClaim")
+    assert volume.get("persistentVolumeClaim", {}).get("claimName") == claim
+    if claim:
+        assert settings.record.max_bytes == 1 << 40
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.embedded.kv_events import KvEvents
 from gateway.fleet.kv_events import Subscription
 from gateway.fleet.ledger import Ledger
 from tests.kv_publisher import BLOCK_TOKENS, CLEARED, Publisher, removed, stored
@@ -22,7 +23,7 @@ from tests.served import Pod, gateway_over, until
 class Follower:
     """A subscription and what came of it."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher | KvEvents) -> None:
         self.ledger = Ledger()
         self.troubles: Counter[str] = Counter()
 
@@ -287,9 +288,10 @@ async def test_the_fleet_follows_its_pods_and_goes_by_belief_when_they_fall_sile
             await until(lambda: pod.residency.tokens("s") == 2 * BLOCK_TOKENS)
             assert await gateway.metric('cachewise_pod_kv_events_live{pod="a"}') == 1
             assert await gateway.metric('cachewise_pod_resident_tokens{pod="a"}') == 32
+            malformed = 'cachewise_pod_kv_events_troubles_total{pod="a",trouble="malformed"}'
+            assert f"{malformed} 0.0" in (await gateway.get("/metrics")).text
             await events.send_payload(b"nonsense")
             await until(lambda: pod.residency.tokens("s") == 5_000)
-            malformed = 'cachewise_pod_kv_events_troubles_total{pod="a",trouble="malformed"}'
             assert await gateway.metric(malformed) == 1
             await events.send(stored("s", None, 1))
             await until(lambda: pod.residency.tokens("s") == BLOCK_TOKENS)

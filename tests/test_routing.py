@@ -150,6 +150,27 @@ def test_a_resumed_session_is_worth_a_wait_where_its_kv_is() -> None:
         assert resumed.pod.name == ("a" if stays else "b")
 
 
+@pytest.mark.parametrize("believed", [0, 10_000, 19_900])
+def test_a_resumed_session_is_weighed_by_its_whole_prompt_whatever_is_believed_of_it(
+    believed: int,
+) -> None:
+    sid = next(s for s in map(str, range(99)) if hashed(s, pod("a"), pod("b")) == "a")
+    for queued, stays in ((16_000, True), (120_000, False)):
+        pods = [pod("a", queued=queued), pod("b")]
+        if believed:
+            pods[0].residency.touch(sid, believed, [])
+        decision = choose(pods, arrival(20_000, sid=sid, resumed=True))
+        assert decision.pod.name == ("a" if stays else "b")
+
+
+def test_what_is_believed_of_a_resumed_session_does_not_hide_those_that_live_there() -> None:
+    crowd = {f"s{n}": 10 for n in range(5)}
+    for believed in ({}, {"me": 9_000}):
+        pods = [pod("a", resident=crowd), pod("b", resident=believed)]
+        decision = choose(pods, arrival(resumed=True))
+        assert decision.candidates[0].crowd_s == pytest.approx(5 * TURN_S)
+
+
 def test_a_resumed_session_is_sent_by_the_hash_whatever_this_replica_believes() -> None:
     pods = [pod("a", resident={"me": 9_000}), pod("b", resident={"me": 9_000})]
     for home in "ab":

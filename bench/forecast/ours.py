@@ -17,6 +17,7 @@ from gateway.predictor import Context, Forecast, Predictor, store
 from gateway.predictor.calibration import label_of
 from gateway.predictor.forecast import Forecast as ForecastType
 from gateway.predictor.train import Recorded, replay, trained
+from gateway.predictor.warp import calibrated
 
 CACHE = Path(".cache") / "bench-forecast"
 
@@ -47,9 +48,13 @@ class Outcomes:
 
     @property
     def reached(self) -> NDArray[np.float64]:
-        """The forecast probability of a time up to the actual one."""
+        """How far up its calibrated distribution each actual time fell."""
+        stated = [f.reached(t) for f, t in zip(self.forecasts, self.actual_s, strict=True)]
         return np.array(
-            [1 - f.survival(t) for f, t in zip(self.forecasts, self.actual_s, strict=True)]
+            [
+                s if f.warp is None else calibrated(f.warp, s)
+                for f, s in zip(self.forecasts, stated, strict=True)
+            ]
         )
 
 

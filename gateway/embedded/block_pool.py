@@ -8,7 +8,7 @@ the engine patch gives to vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine_patch.forecast import attention_parity_tokens
@@ -57,6 +57,8 @@ class BlockPool:
         self.null_block.is_null = True
         # Equal content computed twice at once gives two blocks of one hash: both are kept.
         self._cached: dict[int, dict[int, KVCacheBlock]] = {}
+        self.on_evicted: Callable[[int], None] = lambda block_hash: None
+        """Called with the hash of each cached block that is given away."""
 
     @property
     def num_usable_blocks(self) -> int:
@@ -144,4 +146,5 @@ class BlockPool:
         del same[block.block_id]
         if not same:
             del self._cached[block.block_hash]
+        self.on_evicted(block.block_hash)
         block.block_hash = block.block_hash_num_tokens = None

@@ -6,10 +6,14 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from engine_patch.hints import Envelope, Parsed
 from gateway.embedded.prompt import TokenSequence
 from gateway.embedded.scheduler import EngineConfig, Request, Scheduler
+
+if TYPE_CHECKING:
+    from gateway.embedded.kv_events import KvEvents
 
 MIN_SLEEP_S = 0.002  # shorter steps are taken several at once: a wake-up costs more than they do
 
@@ -53,18 +57,15 @@ class Generation:
 
 
 class EmbeddedEngine:
-    """A vLLM engine core with a modelled accelerator, `speedup` times faster than the model.
-
-    `on_first_token` is called with each request's seconds to its first token.
-    """
+    """A vLLM engine core with a modelled accelerator, `speedup` times faster than the model."""
 
     def __init__(self, config: EngineConfig | None = None, *, speedup: float = 20.0) -> None:
         self.config = config or EngineConfig()
         self.scheduler = Scheduler(self.config)
         self.speedup = speedup
-        self.on_first_token: Callable[[float], None] = lambda _seconds: None
         self._generations: dict[Request, Generation] = {}
         self._stepping: asyncio.Task[None] | None = None
+        self._events: KvEvents | None = None
         self._closed = False
 
     @property
@@ -75,6 +76,11 @@ class EmbeddedEngine:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    def publish_to(self, events: KvEvents) -> None:
+        """Publish what the cache holds from now on; `events` is closed with the engine."""
+        self._events = events
+        self.scheduler.tell(events)
 
     @contextmanager
     def generate(
@@ -119,6 +125,8 @@ class EmbeddedEngine:
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.gather(self._stepping, return_exceptions=True)
+        if self._events is not None:
+            await self._events.aclose()
 
     async def _step_while_busy(self) -> None:
         try:
@@ -136,8 +144,7 @@ class EmbeddedEngine:
             # Steps follow each other without a gap, however late the loop wakes us.
             step_ends_s = max(step_ends_s, clock() - MIN_SLEEP_S) + step.duration_s / self.speedup
             await asyncio.sleep(max(0.0, step_ends_s - clock()))
-            now = clock()
-            for request in self.scheduler.complete(step, now):
-                if request.first_token_s == now:
-                    self.on_first_token(now - request.arrival_s)
+            for request in self.scheduler.complete(step, clock()):
                 self._generations[request].wake()
+            if self._events is not None:
+                self._events.publish()

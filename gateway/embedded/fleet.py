@@ -6,7 +6,7 @@ import asyncio
 import socket
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,6 +15,9 @@ from uvicorn.server import ServerState
 from gateway.embedded.app import DISCONNECT_EXTENSION, create_pod_app
 from gateway.embedded.engine import EmbeddedEngine
 from gateway.embedded.scheduler import EngineConfig
+
+if TYPE_CHECKING:
+    from gateway.embedded.kv_events import KvEvents
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -52,8 +55,9 @@ class _Server:
 class EmbeddedFleet:
     """`pods` embedded pods while the context lasts.
 
-    `urls[i]` reaches the pod whose engine is `pods[i]`. The arguments are those of the
-    `embedded` settings; `speedup` divides the modelled time. OSError if no port is free.
+    `urls[i]` reaches the pod whose engine is `pods[i]`; `events[i]` publishes its KV events, if
+    that is asked for. The arguments are those of the `embedded` settings; `speedup` divides the
+    modelled time. OSError if no port is free.
     """
 
     def __init__(
@@ -63,10 +67,13 @@ class EmbeddedFleet:
         model: str = "embedded",
         speedup: float = 20.0,
         config: EngineConfig | None = None,
+        kv_events: bool = False,
     ) -> None:
         self.model = model
         self.pods = [EmbeddedEngine(config, speedup=speedup) for _ in range(pods)]
         self.urls: list[str] = []
+        self.events: list[KvEvents] = []
+        self._publishing = kv_events
         self._servers: list[_Server] = []
 
     async def __aenter__(self) -> EmbeddedFleet:
@@ -76,6 +83,8 @@ class EmbeddedFleet:
                 server, port = await _serve(app)
                 self._servers.append(server)
                 self.urls.append(f"http://127.0.0.1:{port}")
+                if self._publishing:
+                    self._publish(engine)
         except BaseException:
             await self.aclose()
             raise
@@ -88,6 +97,13 @@ class EmbeddedFleet:
         _traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+    def _publish(self, engine: EmbeddedEngine) -> None:
+        from gateway.embedded.kv_events import KvEvents
+
+        events = KvEvents(engine.config.block_size_tokens)
+        self.events.append(events)
+        engine.publish_to(events)
 
     async def kill(self, index: int) -> None:
         """Let pod `index` die: its port refuses, its connections are reset, its KV is gone."""

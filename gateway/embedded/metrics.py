@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from gateway.embedded.engine import EmbeddedEngine
-
-_TTFT_BUCKETS_S = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
+from gateway.embedded.histogram import Histogram
 
 
 class EngineCollector(Collector):
@@ -71,6 +73,21 @@ class EngineCollector(Collector):
         for reason, count in counters.finished.items():
             success.add_metric((*self._labels, reason), count)
         yield success
+        yield self._histogram(
+            "time_to_first_token_seconds",
+            "Histogram of time to first token in seconds.",
+            counters.first_token_s,
+        )
+        yield self._histogram(
+            "inter_token_latency_seconds",
+            "Histogram of inter-token latency in seconds.",
+            counters.inter_token_s,
+        )
+        yield self._histogram(
+            "request_queue_time_seconds",
+            "Histogram of time spent in WAITING phase for request.",
+            counters.queue_s,
+        )
 
     def _gauge(self, name: str, documentation: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(f"vllm:{name}", documentation, labels=("model_name", "engine"))
@@ -83,6 +100,14 @@ class EngineCollector(Collector):
         )
         counter.add_metric(self._labels, value)
         return counter
+
+    def _histogram(self, name: str, documentation: str, values: Histogram) -> Metric:
+        histogram = HistogramMetricFamily(
+            f"vllm:{name}", documentation, labels=("model_name", "engine")
+        )
+        buckets = [(_le(bound), float(count)) for bound, count in values.buckets()]
+        histogram.add_metric(self._labels, buckets, values.sum)
+        return histogram
 
     def _cache_config(self) -> Metric:
         config = self._engine.config
@@ -105,16 +130,12 @@ class EngineCollector(Collector):
         return info
 
 
+def _le(bound: float) -> str:
+    return "+Inf" if math.isinf(bound) else str(bound)
+
+
 def create_registry(engine: EmbeddedEngine, model: str) -> CollectorRegistry:
-    """A registry of this pod alone; the engine reports first tokens to it from now on."""
+    """A registry of this pod alone."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine, model))
-    first_token = Histogram(
-        "vllm:time_to_first_token_seconds",
-        "Histogram of time to first token in seconds.",
-        ("model_name", "engine"),
-        buckets=_TTFT_BUCKETS_S,
-        registry=registry,
-    )
-    engine.on_first_token = first_token.labels(model, "0").observe
     return registry

@@ -14,12 +14,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine_patch.hints import Envelope, Parsed
 from engine_patch.regret import EvictionLedger
 from engine_patch.reuse import Reuse
 from gateway.embedded.block_pool import BlockPool, KVCacheBlock
+from gateway.embedded.histogram import Histogram
 from gateway.embedded.roofline import HardwareModel, step_time_s
+
+if TYPE_CHECKING:
+    from gateway.embedded.kv_events import KvEvents
+
+# vLLM 0.32's.
+_FIRST_TOKEN_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_INTER_TOKEN_BUCKETS_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_QUEUE_BUCKETS_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0),
+    *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +80,9 @@ class Request:
     cached_blocks: int = 0
     blocks: list[KVCacheBlock] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    scheduled_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float = 0.0
     num_preemptions: int = 0
 
     @property
@@ -95,17 +116,23 @@ class Counters:
     finished: dict[str, int] = field(
         default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
     )
+    first_token_s: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN_BUCKETS_S))
+    """From arrival."""
+    inter_token_s: Histogram = field(default_factory=lambda: Histogram(_INTER_TOKEN_BUCKETS_S))
+    queue_s: Histogram = field(default_factory=lambda: Histogram(_QUEUE_BUCKETS_S))
+    """From arrival to the first step, of requests that have finished."""
 
 
 class Scheduler:
     """First come, first served, while no hint lives; then whoever needs fewest blocks goes first.
 
-    The youngest running request gives way when blocks run out. `clock` (monotonic seconds) tells
-    how long sessions have been idle.
+    The youngest running request gives way when blocks run out. `clock` (monotonic seconds, as
+    requests' arrivals) tells how long sessions have been idle and requests have waited.
     """
 
     def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
+        self._clock = clock
         size, num_blocks = config.block_size_tokens, config.num_gpu_blocks
         self.pool = BlockPool(num_blocks, size, config.hardware.width)
         self.reuse = Reuse(
@@ -119,10 +146,16 @@ class Scheduler:
         self.running: list[Request] = []
         self.counters = Counters()
         self._free_blocks_at_refusal: int | None = None
+        self._events: KvEvents | None = None
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def tell(self, events: KvEvents) -> None:
+        """Let `events` know of each block that is cached or evicted from now on."""
+        self._events = events
+        self.pool.on_evicted = events.removed
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError if it could never fit the model length."""
@@ -195,10 +228,17 @@ class Scheduler:
             if request.first_token_s is None:
                 request.first_token_s = now
                 self.counters.prompt_tokens += request.prompt_tokens
+                self.counters.first_token_s.observe(now - request.arrival_s)
+            else:
+                each_s = (now - request.last_token_s) / step.iterations
+                self.counters.inter_token_s.observe(each_s, step.iterations)
+            request.last_token_s = now
             request.generated_tokens += step.iterations
             self.counters.generation_tokens += step.iterations
             progressed.append(request)
             if request.finished:
+                assert request.scheduled_s is not None
+                self.counters.queue_s.observe(request.scheduled_s - request.arrival_s)
                 self.running.remove(request)
                 self._release(request)
                 self.reuse.finished(request)
@@ -234,6 +274,8 @@ class Scheduler:
                 return
             self._free_blocks_at_refusal = None
             self.waiting.popleft()
+            if request.scheduled_s is None:
+                request.scheduled_s = self._clock()
             self.running.append(request)
             new_tokens = min(request.num_tokens - request.computed_tokens, budget)
             allocated = self._allocate(request, new_tokens)
@@ -275,6 +317,10 @@ class Scheduler:
         full = tokens // size
         if full > request.cached_blocks:
             self.pool.cache(request.blocks, request.block_hashes, request.cached_blocks, full)
+            if self._events is not None:
+                self._events.stored(
+                    request.session_id, request.block_hashes, request.cached_blocks, full
+                )
             request.cached_blocks = full
         return True
 

@@ -19,7 +19,7 @@ import httpx
 
 from gateway.config import PodSettings, ProbeSettings
 from gateway.fleet.discovery import Discovery, Found
-from gateway.fleet.ledger import Ledger
+from gateway.fleet.ledger import Ledger, Trouble
 from gateway.fleet.pod import Pod
 from gateway.fleet.probe import ProbeResult, probe
 
@@ -59,7 +59,7 @@ class Fleet:
         self._watchers: dict[Pod, asyncio.Task[None]] = {}
         self._start_watcher: Callable[[Pod], asyncio.Task[None]] | None = None
         self._followers: dict[Pod, asyncio.Task[None]] = {}
-        self.events_troubled: Callable[[Pod, str], None] = lambda pod, trouble: None
+        self.events_troubled: Callable[[Pod, Trouble], None] = lambda pod, trouble: None
         """Called when KV events of a pod were missed, or cannot be used."""
         self.changed: Callable[[Pod, Event], None] = lambda pod, event: None
         """Called after a pod's state has changed."""

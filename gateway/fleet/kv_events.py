@@ -21,20 +21,19 @@ import msgspec
 import xxhash
 
 from gateway.config import ConfigError
-from gateway.fleet.ledger import Ledger
+from gateway.fleet.ledger import Ledger, Trouble
 
 try:
     import zmq
     import zmq.asyncio
 except ImportError:
     raise ConfigError(
-        "pods.kv_events: the client of ZeroMQ is not installed; allowed: an endpoint after"
-        " pip install 'cachewise-gateway[kv-events]', or none"
+        "kv_events (of pods, discovery or embedded): is set and the client of ZeroMQ is not"
+        " installed; allowed: unset, or set after pip install 'cachewise-gateway[kv-events]'"
     ) from None
 
 logger = logging.getLogger("gateway.fleet")
 
-Trouble = Literal["replayed", "lost", "restarted", "malformed", "overflow"]
 Replay = Literal["whole", "torn", "another"]
 """All that there was; not all of it has come; it is another engine's."""
 
@@ -102,6 +101,11 @@ class Subscription:
         """Of the last one's payload."""
         self._groups: dict[int | None, bool] = {}
         """Groups of layers that were seen, and whether they keep whole prefixes."""
+
+    @property
+    def heard(self) -> int:
+        """Messages of the engine so far, up to the last one taken in."""
+        return self._last + 1
 
     async def run(self) -> Never:
         """Follow the pod, for ever; a fault is counted, and the following starts anew."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 MAX_BLOCKS: Final = 2_000_000
 MAX_SESSIONS: Final = 65_536
 ROOT: Final = -1
 """The parent of a first block."""
+Trouble = Literal["replayed", "lost", "restarted", "malformed", "overflow"]
+"""What came of events that were missed, or that it has no use for."""
 
 
 class Ledger:

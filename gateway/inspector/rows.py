@@ -15,7 +15,7 @@ from gateway.admission import Ticket
 from gateway.fleet.pod import Pod
 from gateway.gateway import Gateway
 from gateway.sessions import Session
-from gateway.turn_history import NAME_CHARS, QUANTILES, TOOLS_KEPT, begun_span
+from gateway.turn_history import NAME_CHARS, TOOLS_KEPT, begun_span
 
 IDLE_KINDS: Final = ("tool", "human", "background", "ended")
 MODEL_CHARS: Final = 128
@@ -121,7 +121,7 @@ def session_row(gateway: Gateway, session: Session, where: Whereabouts) -> dict[
         row["since"] = round(session.idle_since + wall_s, 3)
         wait = gateway.loop.waits.of(sid)
         if wait is not None:
-            row["q"] = wait.forecast.quantiles(QUANTILES)
+            row["q"] = wait.forecast.stated()
             row["p"] = round(wait.forecast.p_return, 3)
     return row
 

@@ -49,6 +49,8 @@ NUMBERS: Final = (
 )
 """Names of a call's numbers, in order."""
 
+WRAPPER: Final = "tool_call"
+"""Qwen Code wraps MCP tools in this one."""
 _SHELL_KEYS: Final = ("command", "cmd", "commands", "script", "code", "input")
 _TIMEOUT_KEYS: Final = {
     "timeout": 0.0,  # milliseconds or seconds: told by size
@@ -98,8 +100,8 @@ def features_of(call: ToolCall) -> tuple[CallWords, list[float]]:
         words = CallWords(kind, tool, "", "", digest)
         return words, [KIND_INDEX[kind], size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     fields = _fields(arguments)
-    if call.name == "tool_call" and isinstance(fields.get("name"), str):
-        kind, tool = _named(fields["name"][:128])  # Qwen Code wraps MCP tools
+    if call.name == WRAPPER and isinstance(fields.get("name"), str):
+        kind, tool = _named(fields["name"][:128])
     program = sub = ""
     timeout_s = yield_s = sleep_s = background = 0.0
     commands = pipes = 0

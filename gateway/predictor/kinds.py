@@ -62,6 +62,11 @@ def _plain(name: str) -> str:
 _KIND_OF: Final = {_plain(name): kind for kind, names in _NAMES.items() for name in names.split()}
 
 
+def is_well_known(name: str) -> bool:
+    """Whether a tool of some client has this very name."""
+    return _plain(name) in _KIND_OF
+
+
 @lru_cache(maxsize=1024)
 def _kind_of(name: str) -> str:
     found = _KIND_OF.get(_plain(name))

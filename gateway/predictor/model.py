@@ -25,7 +25,7 @@ from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind
 from gateway.predictor.correction import Correction
 from gateway.predictor.delta import BETTER, GAPS, HEAD, LOG_SQUARES, LOGS, Delta, faded
-from gateway.predictor.features import CallWords, features_of
+from gateway.predictor.features import NUMBERS, CallWords, features_of
 from gateway.predictor.forecast import Forecast
 from gateway.predictor.grid import BINS, EDGES, bin_of, log_s
 from gateway.predictor.table import (
@@ -65,7 +65,7 @@ _SESSION_SHRINK: Final = (0.0, 3.0, 1.0, 1.0, 1.0)
 _BLEND: Final = ((8, 6.0), (4, 8.0), (3, 8.0), (2, 20.0), (0, 40.0))
 """Of which nodes histograms are blended, from the particular to the general, and how many gaps what
 stands above each is worth: this session's, this tenant's, subcommand, program, kind."""
-_TRUST_AT_FIRST: Final = -1.7
+_TRUST_AT_FIRST: Final = -2.4
 _TRUST_LIMIT: Final = 30.0
 _TRUST_MEMORY: Final = 0.98
 _SIBLING: Final = 0.35
@@ -113,6 +113,8 @@ class CallBasis:
     """Of what the histograms say, the share that is the correction's too."""
     level: float
     """Mean of ``masses`` in log10 s where there are parallel calls, which it ranks; else 0."""
+    numbers: list[float]
+    """Of the call (`gateway.predictor.features.NUMBERS`)."""
     x: NDArray[np.float32] | None = None
     """The features, where `Predictor.keep_features` asks for them."""
 
@@ -274,7 +276,10 @@ class Predictor:
             weight = 1 / (1 + math.exp(-_TRUST_AT_FIRST - trust))
         masses, left = self._mixed(look, odds, odds_sum, weight)
         level = float(masses @ _CENTRES) if parallel else 0.0
-        basis = CallBasis(look.words, look.expected, masses, odds, odds_sum, weight, left, level)
+        basis = CallBasis(
+            *(look.words, look.expected, masses, odds, odds_sum, weight, left, level),
+            x[: len(NUMBERS)],
+        )
         if self.keep_features:
             basis.x = vector
         return basis
@@ -381,7 +386,7 @@ class Predictor:
             return
         if self.learn_shared:
             place = kind + "+" if len(basis.calls) > 1 else kind
-            stated = forecast.stated(gap_s)
+            stated = forecast.reached(gap_s)
             warp = self.warps.get(place)
             if warp is None:
                 warp = self.warps[place] = Warp()

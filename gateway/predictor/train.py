@@ -309,11 +309,11 @@ def warps_of(predictor: Predictor, sessions: Sequence[Recorded]) -> dict[str, Wa
     found: dict[str, Warp] = {}
     for session in sessions:
         for turn, place, call, whole in replay(predictor, session):
-            alone = Forecast(call.masses, 1.0, "tool").stated(turn.durations_s[place])
+            alone = Forecast(call.masses, 1.0, "tool").reached(turn.durations_s[place])
             found.setdefault(call.words.kind, Warp()).add(alone)
             if place == 0 and len(turn.calls) > 1:
                 lead = max(predictor_calls(whole), key=lambda each: each.level)
-                ended = whole.stated(max(turn.durations_s))
+                ended = whole.reached(max(turn.durations_s))
                 found.setdefault(lead.words.kind + "+", Warp()).add(ended)
     for warp in found.values():
         warp.refresh()

@@ -196,6 +196,7 @@ def renew(session: Session, record: SessionRecord, now: float, wall: float) -> N
     session.forecast = None
     links = ((n, link ^ session.scope, size) for n, link, size in record.joints)
     session.skeleton = Skeleton(record.seed, record.segments, record.total_bytes, tuple(links))
+    session.heads_elsewhere = frozenset()
     session.elsewhere = True
     session.heard_at = now
 

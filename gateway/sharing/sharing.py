@@ -385,6 +385,7 @@ class Sharing:
                 session.pod, session.turns = left.pod, max(session.turns, left.turns)
                 session.idle_kind, session.idle_since = left.idle_kind, now
                 session.elsewhere, session.heard_at = True, now
+                session.heads_elsewhere = frozenset(link for link, _ in left.heads)
 
     def _hear_places(self, said: News, now: float) -> None:
         lent = self.admission.lent

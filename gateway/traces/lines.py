@@ -69,8 +69,7 @@ def opened(path: Path, read: Callable[[int], None] | None = None) -> Iterator[IO
             with gzip.GzipFile(fileobj=counted) as file:
                 yield io.BufferedReader(file)
         elif path.suffix == ".zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(counted, read_across_frames=True)
-            yield io.BufferedReader(reader)
+            yield io.BufferedReader(_Zstd(counted))
         else:
             yield counted
 
@@ -115,6 +114,41 @@ def records(
             yield number, record
         else:
             problems.add(path, number, "no JSON object")
+
+
+class _Zstd(io.RawIOBase):
+    """The content of zstd frames. Raises `EOFError` where the last one ends before its end, which
+    zstandard's own reader keeps to itself."""
+
+    READ_BYTES = 1 << 12
+    """At once, as each may hold thirty thousand times as much."""
+
+    def __init__(self, raw: IO[bytes] | io.BufferedReader) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._packed = b""
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            packed = self._packed or self._raw.read(self.READ_BYTES)
+            self._packed = b""
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._plain = memoryview(self._frame.decompress(packed))
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        taken = self._plain[: len(buffer)]
+        self._plain = self._plain[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
 
 
 class _Counted(io.RawIOBase):

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
-from gateway.traces import claude_code, codex, kv_cache_tester, mooncake, turn_records
+from gateway.traces import cachewise, claude_code, codex, kv_cache_tester, mooncake, turn_records
 from gateway.traces.lines import SUFFIXES, Problems, TraceError, explain, opened, records
 from gateway.traces.session import Session
 
@@ -20,9 +20,16 @@ WHOLE_BYTES: Final = 1 << 28
 """A file that is one JSON text over several lines may be this long."""
 
 Format: TypeAlias = Literal[
-    "kv-cache-tester", "kv-cache-tester-compact", "mooncake", "turns", "claude-code", "codex"
+    "cachewise",
+    "kv-cache-tester",
+    "kv-cache-tester-compact",
+    "mooncake",
+    "turns",
+    "claude-code",
+    "codex",
 ]
 _TOLD_BY: Final[tuple[tuple[Format, Callable[[dict[str, Any]], bool]], ...]] = (
+    ("cachewise", cachewise.is_record),
     ("kv-cache-tester", kv_cache_tester.is_session),
     ("kv-cache-tester-compact", kv_cache_tester.is_compact),
     ("mooncake", mooncake.is_request),
@@ -102,6 +109,7 @@ class _Everything:
         self._seen: set[str] = set()
         self._turns = turn_records.Reader()
         self._claude_code = claude_code.Reader()
+        self._recorded = cachewise.Reader()
 
     def read(self, path: Path, read: Callable[[int], None] | None) -> None:
         with opened(path, read) as lines:
@@ -138,6 +146,9 @@ class _Everything:
         elif found == "mooncake":
             own = mooncake.Reader(str(path))
             take = own.feed
+        elif found == "cachewise":
+            self._recorded.begin()
+            take = lambda record: self._recorded.feed(path, record)  # noqa: E731
         elif found == "codex":
             own = codex.Reader()
             take = own.feed
@@ -149,6 +160,8 @@ class _Everything:
         for number, record in coming:
             try:
                 take(record)
+            except TraceError:
+                raise
             except _BROKEN as error:
                 problems.add(path, number, explain(error))
         self._add(made if own is None else own.sessions())
@@ -156,6 +169,7 @@ class _Everything:
     def finish(self) -> None:
         self._add(self._turns.sessions())
         self._add(self._claude_code.sessions())
+        self._add(self._recorded.sessions())
         starts = {session.id: session.started_at for session in self._trace.sessions}
         for session in self._trace.sessions:
             began = starts.get(session.parent) if session.parent else None

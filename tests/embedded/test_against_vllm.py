@@ -4,9 +4,13 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import zmq
+import zmq.asyncio
 
 from gateway.embedded import EmbeddedFleet
+from gateway.embedded.kv_events import KvEvents
 
 pytestmark = [
     pytest.mark.engine,
@@ -78,3 +82,35 @@ async def test_responses_are_read_by_vllms_model(fleet: EmbeddedFleet) -> None:
     written.pop("output")  # its items are the openai package's, whose fields differ by version
     whole.pop("output")
     assert written == whole
+
+
+async def test_kv_events_are_read_by_vllms_model() -> None:
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+
+    events = KvEvents(block_size_tokens=16)
+    with zmq.asyncio.Context.instance().socket(zmq.REQ) as asking:
+        asking.connect(events.replay_endpoint)
+        events.stored("s", [5, 6, 7], 1, 3)
+        events.removed(9)
+        events.publish()
+        await asking.send((0).to_bytes(8, "big"))
+        _topic, number, payload = await asking.recv_multipart()
+    await events.aclose()
+    assert int.from_bytes(number, "big") == 0
+    batch = msgspec.msgpack.decode(payload, type=KVEventBatch)
+    assert batch.data_parallel_rank == 0
+    assert batch.events == [
+        BlockStored(
+            block_hashes=[6, 7],
+            parent_block_hash=5,
+            token_ids=[],
+            block_size=16,
+            lora_id=None,
+            medium="GPU",
+            lora_name=None,
+            group_idx=0,
+            kv_cache_spec_kind="full_attention",
+            session_id="s",
+        ),
+        BlockRemoved(block_hashes=[9], medium="GPU", group_idx=0),
+    ]

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.embedded import EmbeddedFleet, EngineConfig
 from gateway.embedded.script import DEFAULT_TEXT
+from tests.test_dashboards import VLLM_METRICS
 
 CHAT = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"model": "embedded", "messages": [{"role": "user", "content": "hello"}]}
@@ -121,6 +123,8 @@ async def test_metrics_have_vllms_names_and_count(fleet: EmbeddedFleet) -> None:
         "vllm:generation_tokens_total": 2 * usage["completion_tokens"],
         "vllm:num_preemptions_total": 0,
         "vllm:time_to_first_token_seconds_count": 2,
+        "vllm:inter_token_latency_seconds_count": 2 * (usage["completion_tokens"] - 1),
+        "vllm:request_queue_time_seconds_count": 2,
     }
     for name, value in expected.items():
         assert samples[name, None].value == value, name
@@ -129,6 +133,22 @@ async def test_metrics_have_vllms_names_and_count(fleet: EmbeddedFleet) -> None:
     info = samples["vllm:cache_config_info", None]
     assert (info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("16", "4097")
     assert info.value == 1
+
+
+def buckets_in(page: str) -> dict[str, list[str]]:
+    """The upper bounds of each histogram, as written."""
+    found: dict[str, list[str]] = {}
+    for name, bound in re.findall(r'(?m)^(vllm:\w+)_bucket\{[^}]*le="([^"]+)"', page):
+        found.setdefault(name, []).append(bound)
+    return found
+
+
+async def test_its_histograms_have_vllms_buckets(fleet: EmbeddedFleet) -> None:
+    async with pod_client(fleet) as client:
+        own = buckets_in((await client.get("/metrics")).text)
+    real = buckets_in(VLLM_METRICS.read_text())
+    assert len(own) == 3
+    assert own == {name: real[name] for name in own}
 
 
 async def test_the_session_id_reaches_the_engine(fleet: EmbeddedFleet) -> None:

@@ -56,6 +56,25 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     assert scheduler.pool.usage == 0
 
 
+def test_it_measures_how_long_requests_wait_and_tokens_take() -> None:
+    now = 100.0
+    config = EngineConfig(block_size_tokens=4, kv_capacity_tokens=48, max_model_len=48)
+    scheduler = Scheduler(config, clock=lambda: now)
+    for text in (b"a", b"b"):
+        request = make_request(text, 40, 8)
+        request.arrival_s = now
+        scheduler.add(request)
+    while (step := scheduler.schedule(horizon_s=1.0)) is not None:
+        now += step.iterations
+        scheduler.complete(step, now)
+    # Eight steps of a second each; the second waits for the blocks of the first.
+    counters = scheduler.counters
+    assert sum(counters.first_token_s.counts) == sum(counters.queue_s.counts) == 2
+    assert counters.queue_s.sum == 8
+    assert counters.first_token_s.sum == 1 + 9
+    assert sum(counters.inter_token_s.counts) == counters.inter_token_s.sum == 14
+
+
 def test_the_next_turn_finds_the_prompt_and_the_answer() -> None:
     scheduler = make_scheduler(50)
     scheduler.add(make_request(b"a", 40, 20))

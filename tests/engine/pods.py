@@ -22,6 +22,15 @@ NUM_BLOCKS = 2 * tiny_model.MAX_MODEL_LEN // BLOCK_SIZE_TOKENS
 START_TIMEOUT_S = 300.0
 GATEWAY_START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
+CPU_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+"""What vLLM needs to know where there is no GPU, no network and few cores."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,29 @@ class Launch:
 @contextlib.contextmanager
 def running_each(model: Path, launches: Sequence[Launch]) -> Iterator[list[VllmPod]]:
     """A ready vLLM server for each of `launches`; none is left behind."""
+    with _ended_after() as pods:
+        for number, launch in enumerate(launches):
+            pods.append(_spawn(model, model.parent / f"pod-{number}.log", launch))
+        _wait_until_ready(pods)
+        yield pods
+
+
+@contextlib.contextmanager
+def running_line(
+    command: Sequence[str], port: int, folder: Path, environment: Mapping[str, str]
+) -> Iterator[VllmPod]:
+    """A ready vLLM server started by a whole launch line, in `folder`; it listens at `port`."""
+    with _ended_after() as pods:
+        pods.append(_start(command, port, folder, folder / "pod.log", environment))
+        _wait_until_ready(pods)
+        yield pods[0]
+
+
+@contextlib.contextmanager
+def _ended_after() -> Iterator[list[VllmPod]]:
+    """A list of servers, ended with the block."""
     pods: list[VllmPod] = []
     try:
-        for number, launch in enumerate(launches):
-            log = model.parent / f"pod-{number}.log"
-            pods.append(_spawn(model, log, launch))
-        deadline = time.monotonic() + START_TIMEOUT_S
-        for pod in pods:
-            _wait_until_ready(pod, deadline)
         yield pods
     finally:
         for pod in pods:
@@ -126,23 +150,23 @@ def _spawn(model: Path, log: Path, launch: Launch) -> VllmPod:
         ),
         *launch.flags,
     ]
-    environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
+    environment = CPU_ENVIRONMENT | {
         "VLLM_CACHE_ROOT": str(model.parent / "cache"),
         "VLLM_CONFIG_ROOT": str(model.parent / "config"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
         **launch.environment,
     }
+    return _start(command, port, model.parent, log, environment)
+
+
+def _start(
+    command: Sequence[str], port: int, folder: Path, log: Path, environment: Mapping[str, str]
+) -> VllmPod:
+    inherited = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            cwd=model.parent,
-            env=environment,
+            cwd=folder,
+            env=inherited | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -151,15 +175,23 @@ def _spawn(model: Path, log: Path, launch: Launch) -> VllmPod:
     return VllmPod(f"http://127.0.0.1:{port}", process, log)
 
 
-def _wait_until_ready(pod: VllmPod, deadline: float) -> None:
-    while time.monotonic() < deadline:
-        if pod.process.poll() is not None:
-            raise RuntimeError(f"vLLM ended with {pod.process.returncode}:\n{pod.log_tail()}")
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{pod.url}/health", trust_env=False).is_success:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(f"vLLM is not ready after {START_TIMEOUT_S:g} s:\n{pod.log_tail()}")
+def _wait_until_ready(pods: Sequence[VllmPod]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    for pod in pods:
+        while not _is_ready(pod):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"vLLM is not ready after {START_TIMEOUT_S:g} s:\n{pod.log_tail()}"
+                )
+            time.sleep(0.5)
+
+
+def _is_ready(pod: VllmPod) -> bool:
+    if pod.process.poll() is not None:
+        raise RuntimeError(f"vLLM ended with {pod.process.returncode}:\n{pod.log_tail()}")
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{pod.url}/health", trust_env=False).is_success
+    return False
 
 
 def _signal(pod: VllmPod, number: signal.Signals) -> None:

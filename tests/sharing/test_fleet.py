@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +21,7 @@ from tests.sharing.redis_server import RedisServer
 from tests.sharing.replica import Replica
 
 SESSIONS = 200
-GAP_S = 2.4
+GAP_S = 3.0
 SPEEDUP = 200.0
 WORDS = 8_000
 """A prompt of 28,000 tokens, so that no queue, not even that of a machine which does other things
@@ -39,10 +40,6 @@ class Load:
     dead: set[str] = field(default_factory=set)
     """Addresses that the load balancer has taken out."""
     stopping: bool = False
-
-    @property
-    def turns(self) -> int:
-        return sum(len(agent.pods) for agent in self.agents)
 
     @property
     def failed(self) -> list[str]:
@@ -66,7 +63,7 @@ class Load:
             urls = [r.url for r in self.replicas if r.url not in self.dead]
             number += 1
             await agent.turn(urls[number % len(urls)])
-            await asyncio.sleep(rng.uniform(0.6, 1.4) * GAP_S)
+            await asyncio.sleep(rng.uniform(0.8, 1.2) * GAP_S)
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -82,10 +79,10 @@ class Load:
                 assert time.monotonic() < deadline, f"{name} is {found}"
                 await asyncio.sleep(0.2)
 
-    async def rounds(self, count: int) -> None:
-        """Until every session has taken so many more turns."""
-        goal = {agent.name: len(agent.pods) + count for agent in self.agents}
-        await self.until(lambda: all(len(a.pods) >= goal[a.name] for a in self.agents))
+    async def round(self) -> None:
+        """Until every session has taken one more turn."""
+        before = {agent.name: len(agent.pods) for agent in self.agents}
+        await self.until(lambda: all(len(a.pods) > before[a.name] for a in self.agents))
 
     def moved(self) -> list[str]:
         """Turns that ran on another pod than the one before, and why."""
@@ -98,31 +95,42 @@ class Load:
 
 
 @asynccontextmanager
-async def under_load(folder: Path, redis: RedisServer | None) -> AsyncIterator[Load]:
+async def two_replicas(
+    folder: Path, agents: int, words: int, **env: str
+) -> AsyncIterator[tuple[list[Replica], list[Agent]]]:
+    """In front of four pods, and agents of which every other names its session."""
     async with (
         EmbeddedFleet(pods=4, speedup=SPEEDUP, config=CACHE) as fleet,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
     ):
-        pods = [flag for url in fleet.urls for flag in ("--pod", url)]
-        env = {"CACHEWISE_REDIS_URL": redis.url} if redis is not None else {}
-        env["CACHEWISE_SHARING__READ_TIMEOUT_S"] = "0.2"  # two cores for all
-        replicas = [Replica(folder / f"gateway-{n}", *pods, **env) for n in range(2)]
+        pods = [{"url": url, "name": f"pod-{n}"} for n, url in enumerate(fleet.urls)]
+        config = folder / "cachewise.json"
+        config.write_text(json.dumps({"pods": pods}))
+        replicas = [
+            Replica(folder / f"gateway-{n}", "--config", str(config), **env) for n in range(2)
+        ]
         try:
             for replica in replicas:
                 await asyncio.to_thread(replica.wait_until_ready)
-            agents = [Agent(f"s{n}", n % 2 == 0, client, WORDS) for n in range(SESSIONS)]
-            load = Load(replicas, agents)
-            await load.start()
-            async with asyncio.TaskGroup() as tasks:
-                for number, agent in enumerate(agents):
-                    tasks.create_task(load.run(agent, number))
-                try:
-                    yield load
-                finally:
-                    load.stopping = True
+            yield replicas, [Agent(f"s{n}", n % 2 == 0, client, words) for n in range(agents)]
         finally:
             for replica in replicas:
                 replica.kill()
+
+
+@asynccontextmanager
+async def under_load(folder: Path, redis: RedisServer) -> AsyncIterator[Load]:
+    env = {"CACHEWISE_REDIS_URL": redis.url, "CACHEWISE_SHARING__READ_TIMEOUT_S": "0.2"}
+    async with two_replicas(folder, SESSIONS, WORDS, **env) as (replicas, agents):
+        load = Load(replicas, agents)
+        await load.start()
+        async with asyncio.TaskGroup() as tasks:
+            for number, agent in enumerate(agents):
+                tasks.create_task(load.run(agent, number))
+            try:
+                yield load
+            finally:
+                load.stopping = True
 
 
 async def test_the_store_goes_and_comes_a_replica_dies_and_no_session_changes_its_pod(
@@ -130,14 +138,14 @@ async def test_the_store_goes_and_comes_a_replica_dies_and_no_session_changes_it
 ) -> None:
     async with under_load(tmp_path, redis) as load:
         doomed, other = load.replicas
-        await load.rounds(1)
+        await load.round()
         await load.shows("cachewise_replicas", 2)
         await load.shows("cachewise_store_up", 1)
         found = [r.metric('cachewise_store_reads_total{read_result="hit"}') for r in load.replicas]
         assert sum(found) > SESSIONS / 2
 
         redis.kill()
-        await load.rounds(1)
+        await load.round()
         await load.shows("cachewise_store_up", 0)
         await load.shows("cachewise_replicas", 1)
         assert load.failed == []
@@ -145,16 +153,38 @@ async def test_the_store_goes_and_comes_a_replica_dies_and_no_session_changes_it
         redis.start()
         await load.shows("cachewise_store_up", 1)
         await load.shows("cachewise_replicas", 2)
-        await load.rounds(1)
+        await load.round()
         assert int(redis.cli("dbsize")) >= SESSIONS  # what they know is told again
 
         assert load.failed == []
         doomed.kill()
         load.dead.add(doomed.url)
-        await load.rounds(2)
+        await load.round()
         assert set(load.failed) <= {doomed.url}  # those that were in flight there
         assert len(load.failed) < SESSIONS / 4
         assert load.moved() == []
         await load.shows("cachewise_replicas", 1)
         assert other.metric("cachewise_degraded_total") == 0
         assert "ERROR" not in other.log.read_text()
+
+
+async def test_without_a_store_a_session_goes_to_the_same_pod_whichever_replica_gets_it(
+    tmp_path: Path,
+) -> None:
+    async with two_replicas(tmp_path, agents=48, words=400) as (replicas, agents):
+        alternating, resumed = agents[:24], agents[24:]
+        for turn in range(3):
+            for number, agent in enumerate(alternating):
+                assert await agent.turn(replicas[(number // 2 + turn) % 2].url)
+        for replica in (replicas[0], replicas[0], replicas[1]):
+            for agent in resumed:
+                assert await agent.turn(replica.url)
+
+        # Of the first few, one or two were not put where the hash said: too many were there.
+        moved = Load(replicas, agents).moved()
+        assert len(moved) <= 3, moved
+        assert all(len(set(agent.pods[1:])) == 1 for agent in alternating)
+        assert {agent.pods[-1] for agent in agents} == {f"pod-{n}" for n in range(4)}
+        stayed = [agent for agent in resumed if len(set(agent.pods)) == 1]
+        assert all(agent.cached[2] >= agent.cached[1] > 0 for agent in stayed)
+        assert [r.metric("cachewise_degraded_total") for r in replicas] == [0, 0]

@@ -115,6 +115,35 @@ async def test_a_session_goes_on_at_a_replica_that_never_saw_it(
             assert gateway.settled()
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["named", "unnamed"])
+async def test_a_prompt_that_breaks_at_one_replica_is_not_broken_again_at_the_next(
+    redis: RedisServer, number: int
+) -> None:
+    async with (
+        EmbeddedFleet(pods=2) as fleet,
+        two_gateways(redis, *fleet.urls) as (a, b),
+        agents(2) as made,
+    ):
+        agent = made[number]
+        for turn in range(8):
+            if turn in (4, 7):
+                agent.messages[0]["content"] += "It is noon."
+            gateway = (a, b)[turn % 2]
+            assert await agent.turn(gateway.url)
+            await told(gateway)
+            known = [s for g in (a, b) for s in g.gateway.sessions]
+            await until(lambda known=known, turn=turn: {s.turns for s in known} == {turn + 1})
+        assert only_session(a).breaks == only_session(b).breaks == 1  # each its own
+        assert {route["reason"] for route in agent.routes[1:]} == {"home"}
+        assert len(set(agent.pods)) == 1
+        for turn in (2, 3, 5, 6):
+            route = agent.routes[turn]["candidates"]
+            (resident,) = [c["resident_tokens"] for c in route if c["pod"] == agent.pods[0]]
+            assert resident == pytest.approx(agent.cached[turn], abs=64)
+        lost = [g.gateway.loop.conductor.totals.lost_tokens["prefix_break"] for g in (a, b)]
+        assert sum(lost) < sum(agent.cached[turn] for turn in (3, 6)) + 200  # those of two breaks
+
+
 async def test_a_session_whose_turns_only_their_text_tells_goes_on_too(redis: RedisServer) -> None:
     messages = [{"role": "user", "content": "count"}]
     async with EmbeddedFleet(pods=2) as fleet, two_gateways(redis, *fleet.urls) as (a, b):

@@ -184,7 +184,7 @@ def test_text_of_a_trace_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     assert "<b>" not in html.read_text()
 
 
-@pytest.mark.parametrize("to", ["mooncake", "kv-cache-tester"])
+@pytest.mark.parametrize("to", ["cachewise", "mooncake", "kv-cache-tester"])
 def test_traces_are_converted(tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
     done = runner.invoke(app, ["trace", "convert", str(SAMPLE), "--to", to, "--out", str(out)])

@@ -94,7 +94,14 @@ app.kubernetes.io/part-of: cachewise
 {{- if or .Values.secrets.apiKeys .Values.secrets.existingSecret }}
 {{- $_ := set $config "access" (dict "api_keys_file" "/etc/cachewise/secret/api-keys") }}
 {{- end }}
+{{- if .Values.gateway.recording.enabled }}
+{{- $_ := set $config "record" (dict "directory" (include "cachewise.recordings" .)) }}
+{{- end }}
 {{- toYaml (mustMergeOverwrite $config (deepCopy .Values.gateway.config)) }}
+{{- end }}
+
+{{- define "cachewise.recordings" -}}
+/var/lib/cachewise/recordings
 {{- end }}
 
 {{- define "cachewise.port" -}}

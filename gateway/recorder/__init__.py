@@ -1,0 +1,1 @@
+"""Records turns, for `cachewise analyze` and `cachewise replay` (docs/recording.md)."""

@@ -1,0 +1,82 @@
+"""What may be written of words that come from a client's conversation, and what they become."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache, partial
+from hashlib import blake2b
+from typing import Final
+
+from gateway.predictor.features import WRAPPER
+from gateway.predictor.kinds import is_well_known
+from gateway.predictor.shell import UNKNOWN
+
+_STOPS: Final = {
+    "stop": "end_turn",
+    "end_turn": "end_turn",
+    "stop_sequence": "end_turn",
+    "completed": "end_turn",
+    "length": "max_tokens",
+    "max_tokens": "max_tokens",
+    "incomplete": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "tool_use": "tool_use",
+}
+_PIECE: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_TOOL: Final = re.compile(r"[A-Za-z_.:-]{1,64}")
+_DIGIT: Final = re.compile(r"\d").search
+_MEAN_PIECE_CHARS: Final = 3
+_MAX_PIECE_CHARS: Final = 16
+
+
+class Salted:
+    """Names that cannot be traced back without the salt; equal names become equal."""
+
+    def __init__(self, salt: bytes) -> None:
+        self._keyed = blake2b(key=salt, digest_size=8)
+        self.scope = self.name("scope", "")
+        """Of all blocks."""
+        self.tenant = lru_cache(maxsize=1024)(partial(self.name, "tenant"))
+
+    def _digest(self, kind: bytes, value: bytes) -> bytes:
+        keyed = self._keyed.copy()
+        keyed.update(kind)
+        keyed.update(value)
+        return keyed.digest()
+
+    def name(self, kind: str, value: str) -> str:
+        """16 hexadecimal digits."""
+        return self._digest(kind.encode() + b"\0", value.encode(errors="surrogatepass")).hex()
+
+    def block(self, link: int) -> int:
+        """The first block's id, of 61 bits, of a segment with this link of its prefix chain."""
+        return int.from_bytes(self._digest(b"block\0", link.to_bytes(8, "big")), "big") >> 3
+
+
+@lru_cache(maxsize=1024)
+def kept_tool(asked: str, tool: str) -> str:
+    """``tool``, which `gateway.predictor.features` made of the name that was ``asked`` for, if it
+    is a well-known one or made of words; any other may hold anything: nothing of it is kept."""
+    if is_well_known(tool) or (asked != WRAPPER and not _DIGIT(asked) and _of_words(tool)):
+        return tool
+    return UNKNOWN
+
+
+def _of_words(name: str) -> bool:
+    if not _TOOL.fullmatch(name):
+        return False
+    pieces = _PIECE.findall(name)
+    chars = sum(map(len, pieces))
+    return (
+        chars >= _MEAN_PIECE_CHARS * len(pieces) > 0 and max(map(len, pieces)) <= _MAX_PIECE_CHARS
+    )
+
+
+def stop_of(said: str | None, asks: bool) -> str | None:
+    """Why an answer ended, in words of ours: of what the pod said, and whether it asks for
+    tools."""
+    if said is None:
+        return None
+    stop = _STOPS.get(said, "other")
+    return "tool_use" if asks and stop == "end_turn" else stop
