@@ -75,7 +75,7 @@ def synthesize(
         typer.Option(help="The file to write, packed if it ends in .gz or .zst; for"
                      " kv-cache-tester the directory."),
     ],
-    to: Annotated[Target, typer.Option(help="The format to write.")] = Target.mooncake,
+    to: Annotated[Target, typer.Option(help="The format to write.")] = Target.cachewise,
     seed: Annotated[int, typer.Option(help="Equal seeds make equal sessions.")] = 1,
     concurrent: Annotated[
         int | None,
@@ -134,7 +134,7 @@ def synthesize(
 
 def _write(families: Iterator[list[Session]], to: Target, out: Path) -> None:
     """Sessions that come in the order of their starts, one after another."""
-    from gateway.traces import kv_cache_tester, mooncake
+    from gateway.traces import cachewise, kv_cache_tester, mooncake
     from gateway.traces.lines import writing
 
     if to is Target.kv_cache_tester:
@@ -143,7 +143,7 @@ def _write(families: Iterator[list[Session]], to: Target, out: Path) -> None:
             ((_, text),) = kv_cache_tester.dump(family)
             (out / f"trace_{number:06}.json").write_bytes(text)
     else:
-        dump = {Target.mooncake: mooncake.dump_in_order}[to]
+        dump = {Target.cachewise: cachewise.dump, Target.mooncake: mooncake.dump_in_order}[to]
         with writing(out) as file:
             for line in dump(chain.from_iterable(families)):
                 file.write(line)

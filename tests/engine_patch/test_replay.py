@@ -77,7 +77,7 @@ def test_made_sessions_are_replayed_on_the_pod_asked_for(tmp_path: Path) -> None
     """What is common to sessions is computed once."""
     line = [sys.executable, "-m", "gateway.cli", "trace", "synthesize", "--like", str(SAMPLE)]
     trace = tmp_path / "made.jsonl"
-    line += ["--sessions", "12", "--concurrent", "12", "--out", str(trace)]
+    line += ["--to", "mooncake", "--sessions", "12", "--concurrent", "12", "--out", str(trace)]
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=60)
     head = list(range(10**9, 10**9 + 200))
     requests = [json.loads(request) for request in trace.read_text().splitlines()]
