@@ -298,11 +298,14 @@ def prepare(
     except traces.TraceError as error:
         fail(str(error))
     if len(pieces) < needed:
+        more = (
+            f"; `cachewise trace synthesize --like {trace[0]} --sessions {4 * needed} --out FILE`"
+            " makes more like them"
+        )
         fail(
             f"{len(pieces)} sessions of at least {traces.MIN_TURNS} turns without a wait over"
-            f" {traces.MAX_GAP_S:.0f} s in the traces, {needed} are needed (--sessions x --pods);"
-            f" `cachewise trace synthesize --like {trace[0]} --sessions {4 * needed} --out FILE`"
-            " makes more like them"
+            f" {traces.MAX_GAP_S:.0f} s in the traces, {needed} are needed (--sessions x --pods)"
+            f"{more if pieces else ''}"
         )
     return pieces
 

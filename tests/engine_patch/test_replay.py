@@ -93,3 +93,12 @@ def test_made_sessions_are_replayed_on_the_pod_asked_for(tmp_path: Path) -> None
     for row in made["rows"]:
         found = first_tokens - row["lost_tokens"]["first_turn"]
         assert found == 2 * traces.BLOCK_TOKENS * len(head)
+
+
+def test_too_few_sessions_are_refused_with_what_makes_more() -> None:
+    line = [sys.executable, "-m", "gateway.cli", "replay", str(SAMPLE), "--sessions", "99"]
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"`cachewise trace synthesize --like {SAMPLE} --sessions 396" in done.stderr
