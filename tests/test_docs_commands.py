@@ -24,10 +24,11 @@ from typing import Any
 import pytest
 import typer.testing
 
+from bench.replay.__main__ import app as replay
 from bench.replay.sample import SAMPLE
 from engine_patch.command import launch_command
 from gateway import cli
-from gateway.analysis.capacity import PODS
+from gateway.analysis.capacity import PODS, pod_of
 from gateway.config import Settings
 from gateway.embedded.fleet import EmbeddedFleet
 from tests.kubernetes_api import ApiServer
@@ -38,12 +39,12 @@ from tests.test_docs import PAGES, ROOT
 FENCED = re.compile(r"^( *)```(\S*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"sh", "python", "yaml", "json", "toml", "text", "mermaid"}
 REAL = ("curl", "openssl")
-"""Programs that are run as they are; `cachewise` too, but to serve."""
+"""Programs that are run as they are; `cachewise` too, but to serve and to replay."""
 BIN = Path(sys.executable).parent
 NOTE = f"""#!{sys.executable} -IS
 import json, os, sys
 name = os.path.basename(sys.argv[0])
-if name == "cachewise" and sys.argv[1:2] != ["serve"]:
+if name == "cachewise" and sys.argv[1:2] not in (["serve"], ["replay"]):
     os.execv("{BIN / "cachewise"}", sys.argv)
 if name == "git":
     os.mkdir(sys.argv[-1])
@@ -78,6 +79,18 @@ Check = Callable[[Call], Awaitable[None]]
 
 
 # -- stand-ins ------------------------------------------------------------------------------------
+
+
+async def cachewise(call: Call) -> None:
+    """`replay` wants vLLM and minutes; tests/engine_patch/test_replay.py runs it."""
+    command, *arguments = call.arguments
+    if command == "serve":
+        await serve(call)
+        return
+    assert command == "replay"
+    context = typer.main.get_command(replay).make_context("replay", arguments)
+    assert all(path.exists() for path in context.params["trace"])
+    pod_of(*(context.params[name] for name in ("model", "gpu", "gpus")), least_tokens=1)
 
 
 async def serve(call: Call) -> None:
@@ -120,9 +133,9 @@ async def pip(call: Call) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     install, wanted = call.arguments
     assert install == "install"
-    name, _, extra = wanted.rstrip("]").partition("[")
+    name, _, extras = wanted.rstrip("]").partition("[")
     assert name == project["name"]
-    assert extra in project["optional-dependencies"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
 async def docker(call: Call) -> None:
@@ -223,8 +236,7 @@ async def cline(call: Call) -> None:
 
 
 STAND_INS: dict[str, Check] = {
-    "cachewise": serve,
-    **{made.__name__: made for made in (git, make, pip, docker, helm, kubectl, vllm)},
+    **{made.__name__: made for made in (cachewise, git, make, pip, docker, helm, kubectl, vllm)},
     **{made.__name__: made for made in (claude, qwen, cline)},
     "mini": litellm,
     "aider": litellm,
@@ -254,6 +266,8 @@ def place(tmp_path: Path) -> Path:
     for folder in (".claude/projects", ".codex/sessions"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(SAMPLE, tmp_path / folder)
+    (tmp_path / "recordings").mkdir()
+    shutil.copy(ROOT / "tests" / "data" / "recording-1.jsonl", tmp_path / "recordings")
     (tmp_path / "keys").write_text("my-team: a-key-of-my-team-0123456789\n")
     (tmp_path / "cachewise.yaml").write_text(blocks(ROOT / "docs" / "configuration.md", "yaml")[0])
     return tmp_path
