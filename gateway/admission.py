@@ -510,9 +510,7 @@ class Admission:
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
             ticket.only = book.pod.name
-        ticket.shared_tokens = max(
-            (pod.residency.shared_tokens(ask.arrival.heads) for pod in pods), default=0
-        )
+        ticket.shared_tokens = ticket.decision.common_tokens
         self._shares.waits(ask.share)
         ticket.home = self._live_home(ask)
         if ticket.home is not None:

@@ -82,6 +82,8 @@ class Decision:
     resident_tokens: int
     prompt_tokens: int
     candidates: tuple[Candidate, ...]
+    common_tokens: int = 0
+    """Of the prompt, the longest beginning that other chains left on one of the pods."""
 
     def explain(self) -> dict[str, object]:
         """The decision as plain data, for the route header and the API."""
@@ -139,13 +141,14 @@ class Arrival:
         object.__setattr__(self, "steps", tuple(steps))
 
 
-def weigh(pod: Pod, arrival: Arrival) -> tuple[int, bool]:
-    """Tokens of the prompt believed resident on the pod, and whether they are the session's own."""
+def weigh(pod: Pod, arrival: Arrival) -> tuple[int, bool, int]:
+    """Tokens of the prompt believed resident on the pod, whether they are the session's own, and
+    how many of them any session would find there."""
     own = min(pod.residency.tokens(arrival.sid), arrival.same_tokens)
-    shared = pod.residency.shared_tokens(arrival.heads)
+    shared = common = pod.residency.shared_tokens(arrival.heads)
     if arrival.relative is not None:
         shared = max(shared, min(pod.residency.tokens(arrival.relative[0]), arrival.relative[1]))
-    return min(max(own, shared), arrival.prompt_tokens), own > 0 and own >= shared
+    return min(max(own, shared), arrival.prompt_tokens), own > 0 and own >= shared, common
 
 
 def choose(
@@ -158,9 +161,11 @@ def choose(
     """Choose among ``pods`` (not empty, all able to serve). ``turn_number`` drives round robin;
     ``hold_s`` says how long a pod would keep the turn waiting for a place."""
     at_home = False
+    common_tokens = 0
     weighed: list[tuple[Pod, int]] = []
     for pod in pods:
-        resident_tokens, own = weigh(pod, arrival)
+        resident_tokens, own, common = weigh(pod, arrival)
+        common_tokens = max(common_tokens, common)
         own = own and (not arrival.resumed or pod.residency.knows(arrival.sid))
         at_home = at_home or own
         weighed.append((pod, resident_tokens))
@@ -192,6 +197,7 @@ def choose(
             best.resident_tokens,
             arrival.prompt_tokens,
             tuple(candidates),
+            common_tokens,
         )
 
     if len(candidates) == 1:
