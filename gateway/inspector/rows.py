@@ -150,7 +150,7 @@ def pod_row(gateway: Gateway, pod: Pod, kinds: Counter[str]) -> dict[str, Any]:
         "queued_tokens": pod.queued_prefill_tokens,
         "rate": round(pod.rate.tokens_per_s),
         "resident": dict(kinds),
-        "resident_tokens": pod.residency.total_tokens,
+        "resident_tokens": pod.residency.resident_tokens,
         "sessions": len(pod.residency),
         "capacity": pod.residency.capacity_tokens,
         "usable": round(pod.residency.usable_share, 3),
