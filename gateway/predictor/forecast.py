@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 HORIZON_S: Final = 86_400.0
 """`Forecast.expected_remaining` counts no more than this beyond the time already waited."""
-_LATE: Final = 0.1
 _LATE_POWER: Final = 0.7
 _NEVER_S: Final = 1e10
 _TAIL: Final = 1e-3
@@ -106,13 +105,12 @@ class Forecast:
 
         The less of the forecast's own curve is left, the less it is worth: an unlikely long wait
         is mostly one for another reason (a person was asked, a machine is stuck), and these last
-        about as long again as they have lasted. So the curve counts for ``S / (S + 0.1 (1 - S))``
-        with ``S = survival(elapsed_s)``, and the rest is a power law of the whole wait.
+        about as long again as they have lasted. So the curve counts for ``survival(elapsed_s)``,
+        and for the rest a power law of the whole wait.
         """
         alive = self.survival(elapsed_s)
-        own = alive / (alive + _LATE * (1.0 - alive))
         late = math.pow((elapsed_s + 1.0) / (max(t_s, elapsed_s) + 1.0), _LATE_POWER)
-        return own * min(1.0, self.survival(t_s) / alive) + (1.0 - own) * late
+        return min(alive, self.survival(t_s)) + (1.0 - alive) * late
 
     def quantile(self, p: float, elapsed_s: float = 0.0) -> float:
         """Time that remains with probability ``p`` at most, once ``elapsed_s`` have been waited,
@@ -184,7 +182,6 @@ class Forecast:
             p = self.survival(step)
             area += (s + p) / 2 * (step - t)
             t, s = step, p
-        own = alive / (alive + _LATE * (1.0 - alive))
         rest = 1.0 - _LATE_POWER
         since = elapsed_s + 1.0
         late = (
@@ -192,7 +189,7 @@ class Forecast:
             * (math.pow(since + HORIZON_S, rest) - math.pow(since, rest))
             / rest
         )
-        return own * area / alive + (1.0 - own) * late
+        return area + (1.0 - alive) * late
 
     def p_return_given(self, elapsed_s: float) -> float:
         """P(the session ever returns), once ``elapsed_s`` have been waited in vain."""
