@@ -56,7 +56,7 @@ from gateway.holds import (
     standing_s,
 )
 from gateway.idle import IdleKind
-from gateway.routing import Arrival, Decision, Policy, Reason, choose
+from gateway.routing import Arrival, Decision, Policy, Reason, choose, settled
 
 Mode = Literal["enforce", "observe", "off"]
 HoldReason = Literal["no_room", "after_a_due_turn", "no_pod"]
@@ -304,14 +304,17 @@ class Book:
 
     @property
     def budget_tokens(self) -> float:
-        held = len(self.waiting) + self.others.held
-        share = self.reserve if held > 1 else max(self.reserve, FREE_SHARE)
-        return share * self.capacity_tokens
+        capacity_tokens = self.pod.residency.capacity_tokens
+        if capacity_tokens is None:
+            return inf
+        if self.reserve < FREE_SHARE and len(self.waiting) + self.others.held <= 1:
+            return FREE_SHARE * capacity_tokens
+        return self.reserve * capacity_tokens
 
     @property
     def room_tokens(self) -> float:
         """Of the budget, what agents' places may still have; less than 0 if they have too much."""
-        return self.budget_tokens - self.others.kept_tokens - self.tokens
+        return self.budget_tokens - self.others.kept_tokens - self._tokens["agent"]
 
     @property
     def tokens(self) -> int:
@@ -869,7 +872,6 @@ class Admission:
 
     def _release(self, ticket: Ticket, book: Book, now: float) -> None:
         arrival = ticket.ask.arrival
-        decision = choose([book.pod], arrival)
         reason: Reason = "home" if book.pod.name == arrival.home else "admitted"
         self._unhold(ticket, now)
         self._admit(ticket, book, now)
@@ -877,6 +879,6 @@ class Admission:
             passed.due_at = min(passed.due_at, now + self.age_bound_s)
             self._enqueue(passed, book)
         if self.mode == "enforce":
-            ticket.decision = replace(decision, policy=self.policy, reason=reason)
+            ticket.decision = settled(book.pod, arrival, self.policy, reason)
             if ticket is not self._arriving:
                 self._released(ticket)

@@ -223,6 +223,22 @@ def choose(
     return decision(best, "hashed")
 
 
+def settled(pod: Pod, arrival: Arrival, policy: Policy, reason: Reason) -> Decision:
+    """The decision for a pod that was chosen elsewhere."""
+    resident_tokens, _, common_tokens = weigh(pod, arrival)
+    tokens_per_s = pod.rate.tokens_per_s
+    candidate = Candidate(
+        pod,
+        resident_tokens,
+        (pod.queued_prefill_tokens + pod.elsewhere_queued_tokens) / tokens_per_s,
+        (arrival.prompt_tokens - resident_tokens) / tokens_per_s,
+        crowd_s=0.0,
+    )
+    return Decision(
+        pod, policy, reason, resident_tokens, arrival.prompt_tokens, (candidate,), common_tokens
+    )
+
+
 def _soonest(arrival: Arrival, candidates: Sequence[Candidate]) -> Candidate:
     """The smallest sum; of nearly equal ones the least loaded."""
     totals = [round(c.total_s / NEARLY_S) for c in candidates]
