@@ -304,17 +304,14 @@ class Book:
 
     @property
     def budget_tokens(self) -> float:
-        capacity_tokens = self.pod.residency.capacity_tokens
-        if capacity_tokens is None:
-            return inf
-        if self.reserve < FREE_SHARE and len(self.waiting) + self.others.held <= 1:
-            return FREE_SHARE * capacity_tokens
-        return self.reserve * capacity_tokens
+        held = len(self.waiting) + self.others.held
+        share = self.reserve if held > 1 else max(self.reserve, FREE_SHARE)
+        return share * self.capacity_tokens
 
     @property
     def room_tokens(self) -> float:
         """Of the budget, what agents' places may still have; less than 0 if they have too much."""
-        return self.budget_tokens - self.others.kept_tokens - self._tokens["agent"]
+        return self.budget_tokens - self.others.kept_tokens - self.tokens
 
     @property
     def tokens(self) -> int:

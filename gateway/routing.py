@@ -173,21 +173,12 @@ def choose(
 
     candidates = []
     for pod, resident_tokens in weighed:
-        tokens_per_s = pod.rate.tokens_per_s
         crowd_s = 0.0
         if not at_home and len(pods) > 1:
             living = len(pod.residency) + pod.in_flight + pod.elsewhere_in_flight
             crowd_s = living * _turn_s(pod)
-        candidates.append(
-            Candidate(
-                pod,
-                resident_tokens,
-                (pod.queued_prefill_tokens + pod.elsewhere_queued_tokens) / tokens_per_s,
-                (arrival.prompt_tokens - resident_tokens) / tokens_per_s,
-                crowd_s,
-                hold_s(pod) if hold_s is not None else 0.0,
-            )
-        )
+        waits_s = hold_s(pod) if hold_s is not None else 0.0
+        candidates.append(_candidate(pod, arrival, resident_tokens, crowd_s, waits_s))
 
     def decision(best: Candidate, reason: Reason) -> Decision:
         return Decision(
@@ -226,16 +217,23 @@ def choose(
 def settled(pod: Pod, arrival: Arrival, policy: Policy, reason: Reason) -> Decision:
     """The decision for a pod that was chosen elsewhere."""
     resident_tokens, _, common_tokens = weigh(pod, arrival)
+    candidates = (_candidate(pod, arrival, resident_tokens),)
+    return Decision(
+        pod, policy, reason, resident_tokens, arrival.prompt_tokens, candidates, common_tokens
+    )
+
+
+def _candidate(
+    pod: Pod, arrival: Arrival, resident_tokens: int, crowd_s: float = 0.0, hold_s: float = 0.0
+) -> Candidate:
     tokens_per_s = pod.rate.tokens_per_s
-    candidate = Candidate(
+    return Candidate(
         pod,
         resident_tokens,
         (pod.queued_prefill_tokens + pod.elsewhere_queued_tokens) / tokens_per_s,
         (arrival.prompt_tokens - resident_tokens) / tokens_per_s,
-        crowd_s=0.0,
-    )
-    return Decision(
-        pod, policy, reason, resident_tokens, arrival.prompt_tokens, (candidate,), common_tokens
+        crowd_s,
+        hold_s,
     )
 
 

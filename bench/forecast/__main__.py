@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import machine
 from bench.forecast import newcomer, plot
 from bench.forecast.baselines import baselines, calls_of, run
 from bench.forecast.ours import Outcomes, cost, fitted, run_calls, run_gaps
@@ -50,7 +49,7 @@ def main() -> None:
     numbered = [(int(i), sessions[int(i)]) for i in order]
     folds = [numbered[i :: options.folds] for i in range(options.folds)]
     result: dict[str, Any] = {
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine.described(),
         "sessions": len(sessions),
         "calls": sum(len(turn.calls) for s in sessions for turn in s.turns),
         "floor_s": FLOOR_S,

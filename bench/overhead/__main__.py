@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.metadata
 import multiprocessing
-import os
-import platform
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from bench import machine
 from bench.overhead import report
 from bench.overhead.contenders import (
     CONTENDERS,
@@ -95,11 +94,7 @@ def main(
         "started_at": started_at,
         "quick": quick,
         "rounds": rounds,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": machine.described(),
         "versions": {
             "peers": PEERS,
             **{

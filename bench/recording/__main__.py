@@ -9,8 +9,6 @@ table, writes JSON and a plot.
 
 import dataclasses
 import multiprocessing
-import os
-import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import machine
 from bench.overhead.contenders import ROOT, engine
 from bench.overhead.load import WORKLOADS, measure
 from bench.recording.served import FLUSH_S, Served
@@ -87,11 +86,7 @@ def main(
         "started_at": started_at,
         "quick": quick,
         "rounds": rounds,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": machine.described(),
         "settings": [dataclasses.asdict(workload) for workload in workloads],
         "workloads": summary,
         "recorded_turns": recorded,

@@ -14,6 +14,7 @@ forecast better: traffic unlike the training data is soon forecast from itself.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -183,7 +184,7 @@ class Predictor:
     correction: Correction | None = None
     returns: dict[tuple[str, str], Returns] = field(default_factory=dict)
     overheads: dict[str, Overhead] = field(default_factory=dict)
-    warps: dict[str, Warp] = field(default_factory=dict)
+    warps: defaultdict[str, Warp] = field(default_factory=lambda: defaultdict(Warp))
     observed_total: int = 0
     learn_shared: bool = True
     keep_features: bool = False
@@ -387,10 +388,7 @@ class Predictor:
         if self.learn_shared:
             place = kind + "+" if len(basis.calls) > 1 else kind
             stated = forecast.reached(gap_s)
-            warp = self.warps.get(place)
-            if warp is None:
-                warp = self.warps[place] = Warp()
-            warp.add(stated)
+            self.warps[place].add(stated)
             if self.delta is not None:
                 self.delta.reached(place, stated)
         if durations_s is not None:
@@ -459,7 +457,7 @@ class Predictor:
             known.returned = known.returned * kept + returned * gain
             known.gone = known.gone * kept + gone * gain
         for name, counts in delta.warps.items():
-            warp = self.warps.setdefault(name, Warp())
+            warp = self.warps[name]
             warp.counts = [a + b for a, b in zip(warp.counts, counts, strict=True)]
             warp.refresh()
         for name, (n, logs) in delta.overheads.items():

@@ -237,7 +237,7 @@ def merge(into: Predictor, other: Predictor) -> int:
         known.returned += returns.returned
         known.gone += returns.gone
     for kind, warp in other.warps.items():
-        ours = into.warps.setdefault(kind, Warp())
+        ours = into.warps[kind]
         ours.counts = [a + b for a, b in zip(ours.counts, warp.counts, strict=True)]
         ours.refresh()
     for client, overhead in other.overheads.items():

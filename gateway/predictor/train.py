@@ -7,6 +7,7 @@ Sources and licences of the shipped file: `gateway/predictor/PRIORS.md`. Run aga
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -296,7 +297,7 @@ def trained(sessions: Sequence[Recorded], trees: int = TREES, calibrate: bool = 
         trial = nodes_of(others)
         trial.correction = correction_of(*rows_of(others), trees)
         for kind, warp in warps_of(trial, sessions[part::parts]).items():
-            known = predictor.warps.setdefault(kind, Warp())
+            known = predictor.warps[kind]
             known.counts = [a + b for a, b in zip(known.counts, warp.counts, strict=True)]
             known.refresh()
     predictor.correction = correction_of(*rows_of(sessions), trees)
@@ -306,15 +307,15 @@ def trained(sessions: Sequence[Recorded], trees: int = TREES, calibrate: bool = 
 def warps_of(predictor: Predictor, sessions: Sequence[Recorded]) -> dict[str, Warp]:
     """Where in their forecasts the sessions' calls and gaps ended."""
     predictor.learn_shared = False
-    found: dict[str, Warp] = {}
+    found: defaultdict[str, Warp] = defaultdict(Warp)
     for session in sessions:
         for turn, place, call, whole in replay(predictor, session):
             alone = Forecast(call.masses, 1.0, "tool").reached(turn.durations_s[place])
-            found.setdefault(call.words.kind, Warp()).add(alone)
+            found[call.words.kind].add(alone)
             if place == 0 and len(turn.calls) > 1:
                 lead = max(predictor_calls(whole), key=lambda each: each.level)
                 ended = whole.reached(max(turn.durations_s))
-                found.setdefault(lead.words.kind + "+", Warp()).add(ended)
+                found[lead.words.kind + "+"].add(ended)
     for warp in found.values():
         warp.refresh()
     return found

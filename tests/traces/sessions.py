@@ -1,15 +1,28 @@
-"""Made-up sessions."""
+"""Made-up sessions, and real ones where the shared data are."""
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from gateway.traces.session import Chain, Session, Turn
 
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
+NEEDS_SHARED = pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
 MILLISECONDS = st.integers(0, 10**7).map(lambda ms: ms / 1000)
+
+
+def few_real(folder: Path) -> Path:
+    """A file of the first forty real sessions."""
+    few = folder / "few.jsonl"
+    with gzip.open(SHARED, "rt") as lines:
+        few.write_text("".join(line for _, line in zip(range(40), lines, strict=False)))
+    return few
 
 
 @st.composite

@@ -25,7 +25,7 @@ from gateway.analysis.timeline import Sent, timeline
 from gateway.cli import app
 from gateway.traces.load import Trace, load
 from gateway.traces.session import Call, Chain, Session, Turn
-from tests.traces.sessions import chains, sessions
+from tests.traces.sessions import NEEDS_SHARED, SHARED, chains, sessions
 
 
 def lru_lost_tokens(found: list[Session], sent: list[Sent], capacity_tokens: int) -> int:
@@ -227,10 +227,7 @@ def test_without_matplotlib_only_the_page_is_missing(tmp_path: Path) -> None:
     assert "What LRU throws away" in text.stdout
 
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+@NEEDS_SHARED
 def test_hundreds_of_real_sessions_are_analysed_in_a_minute_and_a_gigabyte(tmp_path: Path) -> None:
     started = time.process_time()
     trace = load([SHARED])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from gateway.traces import cachewise
 from gateway.traces.lines import TraceError
 from gateway.traces.load import load
 from gateway.traces.session import Call, Session, Turn
-from tests.traces.sessions import chains, sessions
+from tests.traces.sessions import NEEDS_SHARED, chains, few_real, sessions
 
 TIMES = st.floats(0, 1e9, allow_nan=False)
 WORDS = st.sampled_from(["", "shell", "Bash", "go", "test", "*", "mcp__a__b"])
@@ -273,15 +272,9 @@ def test_the_contract_of_schema_1_is_what_it_was() -> None:
     assert parent.started_at == 1_795_975_065.5
 
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+@NEEDS_SHARED
 def test_the_real_sessions_survive_an_export(tmp_path: Path) -> None:
-    few = tmp_path / "few.jsonl"
-    with gzip.open(SHARED, "rt") as lines:
-        few.write_text("".join(line for _, line in zip(range(40), lines, strict=False)))
-    found = load([few]).sessions
+    found = load([few_real(tmp_path)]).sessions
     assert any(session.parent for session in found)
     out = tmp_path / "out.jsonl"
     out.write_bytes(b"".join(cachewise.dump(found)))

@@ -19,7 +19,7 @@ from gateway.traces import kv_cache_tester, mooncake
 from gateway.traces.lines import TraceError
 from gateway.traces.load import Trace, load
 from gateway.traces.session import Chain, Session, Turn, expand, runs_of
-from tests.traces.sessions import MILLISECONDS, chains, pattern, sessions
+from tests.traces.sessions import MILLISECONDS, NEEDS_SHARED, chains, few_real, pattern, sessions
 
 
 @given(st.lists(st.integers(0, 40)))
@@ -299,14 +299,9 @@ def test_nothing_in_a_file_is_fatal(
         assert len(list(session.chains())) == len(session.turns)
 
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+@NEEDS_SHARED
 def test_the_real_sessions_survive_an_export(tmp_path: Path) -> None:
-    few = tmp_path / "few.jsonl"
-    with gzip.open(SHARED, "rt") as lines:
-        few.write_text("".join(line for _, line in zip(range(40), lines, strict=False)))
+    few = few_real(tmp_path)
     found = load([few]).sessions
     assert any(session.parent for session in found)
     for name, text in kv_cache_tester.dump(found):
