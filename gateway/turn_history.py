@@ -84,8 +84,8 @@ class TurnHistory:
             del self.open[sid]
         kept = Kept(
             sid,
-            orjson.dumps(_span(flow, now, outcome, self._wall_s)),
-            orjson.dumps(reasons(flow)),
+            packed(_span(flow, now, outcome, self._wall_s)),
+            packed(reasons(flow)),
         )
         self._keep(kept)
         if self.ended is not None:
@@ -126,6 +126,11 @@ class TurnHistory:
             for kept in self._kept.get(sid, ())
         ]
         return [*reversed(running), *reversed(over)]
+
+
+def packed(value: dict[str, Any]) -> bytes:
+    """JSON to keep: a copy, as what orjson returns holds on to a buffer of 4 kB."""
+    return bytes(memoryview(orjson.dumps(value)))
 
 
 def _drop(kept: Kept) -> None:

@@ -26,6 +26,7 @@ import orjson
 from gateway.gateway import Gateway
 from gateway.inspector.rows import Whereabouts, gateway_row, pod_row, session_row
 from gateway.sessions import Session
+from gateway.turn_history import packed
 
 logger = logging.getLogger("gateway.inspector")
 
@@ -235,7 +236,7 @@ class Feed:
 
     def _show(self, session: Session) -> None:
         sid = session.sid
-        row = orjson.dumps(session_row(self.gateway, session, self._where))
+        row = packed(session_row(self.gateway, session, self._where))
         before = self.sessions.get(sid)
         if row == before:
             return
