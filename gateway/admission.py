@@ -35,6 +35,7 @@ that enforcing would have saved; ``off`` only routes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -49,7 +50,6 @@ from gateway.holds import (
     PRIORITY_WEIGHT,
     Entry,
     HoldQueue,
-    Line,
     Priority,
     ShareClass,
     Shares,
@@ -62,9 +62,9 @@ Mode = Literal["enforce", "observe", "off"]
 HoldReason = Literal["no_room", "after_a_due_turn", "no_pod"]
 Lane = Literal["agent", "aside"]
 
-RESERVE: Final = 0.6
-RESERVE_RANGE: Final = (0.5, 0.8)
-FREE_SHARE: Final = 0.75
+RESERVE: Final = 0.8
+RESERVE_RANGE: Final = (0.7, 0.95)
+FREE_SHARE: Final = 0.8
 """Of the capacity, admitted while no more than one turn is held: what fits may stay."""
 RESERVE_UP: Final = 0.0005
 """A second, while turns are held and admitted sessions find their KV again; twice while the pod
@@ -75,12 +75,19 @@ REGRET_LOW: Final = 0.01
 REGRET_HIGH: Final = 0.03
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
-SHED: Final = 0.95
+SHED: Final = 1.0
 """Of the capacity: beyond it, while turns are held, the places least worth keeping are given up, as
 sessions that grew would evict one another's KV."""
-STINT_S: Final = 600.0
-"""So long a session may keep its place, from turn to turn, while a due turn waits for one; and so
-long a turn's fair share of waiting is at most."""
+FAIR_S: Final = 7.0
+"""A turn's fair share of waiting, for each session that competes for the pod."""
+FAIR_FALLS_S: Final = 1000.0
+"""In so long the promise follows a load that falls; at once one that rises."""
+STINT_LEAST_S: Final = 90.0
+"""So long at least a session keeps its place, from turn to turn."""
+SPARED_OF: Final = 6
+"""Of so many sessions that compete one may be made to wait, once, for what the others leave."""
+SPARED_S: Final = 3600.0
+"""So much later such a turn is due."""
 HORIZON_RANGE_S: Final = (5.0, 600.0)
 MEAN_STINT_S: Final = 300.0
 """How long a session keeps its place, assumed before any was seen."""
@@ -121,6 +128,8 @@ class Ask:
     priority: Priority = "interactive"
     lane: Lane = "agent"
     """``aside`` for traffic that is no agent loop (single turns, titles): it has its own share."""
+    began_at: float = 0.0
+    """When its session began."""
     person_waits: bool = False
     """A person sits waiting: the first turn of a main session, or one after a human's."""
     output_tokens: int = 500
@@ -219,9 +228,10 @@ class Ticket:
     """It must wait (``observe``: it would have to)."""
     held_s: float = 0.0
     """How long it was held, once it is not any more."""
-    due_at: float = inf
-    ordinal: int = 0
-    """See `Line`."""
+    due_from: float = inf
+    """When its wait began, as far as the promise goes: later than it came if it was spared."""
+    spared: bool = False
+    """It waits for what the others leave."""
     claim: str | None = None
     """The pod that takes no other turn before this one."""
     only: str | None = None
@@ -229,7 +239,9 @@ class Ticket:
     shared_tokens: int = 0
     """Of its prompt, tokens of a prefix that other sessions left on some pod."""
     missing_tokens: int = 0
-    """Of its prompt, what was not resident there when it was looked at last."""
+    """Of its prompt, what was not resident at its home when it was looked at last."""
+    additional_tokens: int = 0
+    """Of its prompt, what the pod where it costs least had to prefill then."""
     home: Book | None = None
     """While held, where its live KV is."""
     kept: bool = False
@@ -424,10 +436,15 @@ class Admission:
             "agent": HoldQueue(),
             "aside": HoldQueue(),
         }
-        self._lines: dict[Lane, Line[Ticket]] = {
-            lane: Line(queue) for lane, queue in self._queues.items()
-        }
         self._shares = Shares()
+        self.promise_s = self.age_bound_s
+        """A turn is due once it was held for so long."""
+        self._newcomers = 0
+        """Sessions that began while they competed, of which none was spared yet."""
+        self._spared = 0
+        """Turns held that are."""
+        self._not_due: deque[Ticket] = deque()
+        """Agents' turns held, by age, until they are due."""
         self._numbers = count()
         self._adapted_at = -inf
         self._arriving: Ticket | None = None
@@ -444,6 +461,10 @@ class Admission:
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
         return None if found is None else (found[0].pod, found[1])
+
+    def due_at(self, ticket: Ticket) -> float:
+        """When a held turn is due, as things stand."""
+        return ticket.due_from + self.promise_s
 
     def why_held(self, ticket: Ticket) -> HoldReason:
         """Why a held turn waits: for room, behind one that is due, or for a pod to come back."""
@@ -475,6 +496,9 @@ class Admission:
             (lambda pod: self._wait_s(self.books[pod.name], ask, now)) if enforced else None,
         )
         ticket = Ticket(ask, decision, arrived_at, number)
+        if ask.lane == "agent" and now - ask.began_at < 1.0 and not ask.arrival.resumed:
+            competing = 1 + len(self._places) + len(self._queues["agent"])
+            self._newcomers = min(self._newcomers + 1, competing)
         book = self.books[decision.pod.name]
         found = self._places.get(ask.arrival.sid)
         ticket.kept = found is not None and found[0] is book
@@ -506,7 +530,7 @@ class Admission:
         ask = ticket.ask
         ahead = len(self._queues[ask.lane]) / len(pods)
         ticket.expected_wait_s = fmean(self.books[pod.name].wait_s(ahead) for pod in pods)
-        ticket.due_at = ticket.arrived_at + STINT_S + self.age_bound_s
+        ticket.due_from = ticket.arrived_at
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
             ticket.only = book.pod.name
@@ -516,7 +540,10 @@ class Admission:
         if ticket.home is not None:
             ticket.home.homed += 1
         self._enqueue(ticket, book)
-        self._lines[ask.lane].join(ticket, ahead=ask.arrived_at is None)
+        if ask.lane == "agent":
+            self._not_due.append(ticket)
+            if len(self._not_due) > 2 * len(self._queues["agent"]) + 64:
+                self._not_due = deque(t for t in self._not_due if t in self._queues["agent"])
         if ask.lane == "agent" and book.claim is None:
             dispensable = self._dispensable(book, now)
             if dispensable and self._make_room(book, ask, dispensable, False, now):
@@ -545,6 +572,7 @@ class Admission:
             ticket.missing_tokens = self._missing_tokens(ticket, home.pod)
             home_s = standing(ticket.missing_tokens, home)
         away_tokens = max(0, ask.arrival.prompt_tokens - ticket.shared_tokens)
+        ticket.additional_tokens = away_tokens if home is None else ticket.missing_tokens
         self._queues[ask.lane].add(
             ticket,
             ask.share,
@@ -556,6 +584,7 @@ class Admission:
 
     def _unhold(self, ticket: Ticket, now: float) -> None:
         self._queues[ticket.ask.lane].remove(ticket)
+        self._spared -= ticket.spared
         self._shares.waits_no_more(ticket.ask.share)
         ticket.held = False
         ticket.held_s = now - ticket.arrived_at
@@ -693,8 +722,10 @@ class Admission:
         """Time has passed: adapt the reserves, let places lapse, release what fits."""
         if self.mode == "off":
             return
-        if now - self._adapted_at >= 1.0:
+        since_s = now - self._adapted_at
+        if since_s >= 1.0:
             self._adapted_at = now
+            self._promise(since_s)
             for book in self.books.values():
                 self._adapt(book)
         if self.held_count:
@@ -728,7 +759,9 @@ class Admission:
             return
         asides, agents = self._queues["aside"], self._queues["agent"]
         if asides:
-            for ticket in chain(asides.due(now), asides.next(book.pod.name, {}, now)):
+            for ticket in chain(
+                asides.due(now - self.promise_s), asides.next(book.pod.name, {}, now)
+            ):
                 if not self._may_go(ticket, book, now):
                     continue
                 if not self._fits(book, ticket.ask):
@@ -737,7 +770,8 @@ class Admission:
         if not agents:
             return
         dispensable = self._dispensable(book, now)
-        for ticket in agents.due(now):
+        self._spare_some(book, now)
+        for ticket in agents.due(now - self.promise_s):
             if not self._may_go(ticket, book, now):
                 continue
             if self._make_room(book, ticket.ask, dispensable, True, now):
@@ -825,19 +859,57 @@ class Admission:
         there_s = there_tokens / home.pod.rate.tokens_per_s + home.wait_s(home.homed - 1)
         return missing_tokens / pod.rate.tokens_per_s < there_s
 
+    def _promise(self, since_s: float) -> None:
+        """A turn's fair share of waiting grows with the sessions that compete, as it does on a pod
+        that computes each session anew for every turn; ``since_s`` have passed."""
+        books = [book for book in self.books.values() if book.pod.ready]
+        elsewhere = len(self.lent) + max((book.others.held for book in books), default=0)
+        competing = len(self._places) + len(self._queues["agent"]) + elsewhere
+        promise_s = FAIR_S * competing / max(1, len(books)) + self.age_bound_s
+        fall_s = self.promise_s - promise_s
+        self.promise_s -= fall_s * min(1.0, since_s / FAIR_FALLS_S) if fall_s > 0 else fall_s
+
+    def _stint_s(self) -> float:
+        """How long a session keeps its place while a due turn waits for one: so that places go
+        round once within the promise."""
+        waiting = len(self._queues["agent"]) - self._spared
+        return max(STINT_LEAST_S, self.promise_s * len(self._places) / max(1, waiting))
+
+    def _spare_some(self, book: Book, now: float) -> None:
+        """Of the turns that are due from now on, let the largest wait on, as far as may be."""
+        while self._not_due and self._not_due[0].due_from <= now - self.promise_s:
+            ticket = self._not_due.popleft()
+            may_wait = self._newcomers // SPARED_OF
+            if not may_wait or ticket not in self._queues["agent"]:
+                continue
+            larger = sum(
+                other.additional_tokens > ticket.additional_tokens and not other.spared
+                for other in self._queues["agent"]
+            )
+            if larger < may_wait:
+                self._newcomers -= SPARED_OF
+                self._spared += 1
+                ticket.spared = True
+                ticket.due_from += SPARED_S
+                self._enqueue(ticket, self.books[ticket.only] if ticket.only else book)
+
     def _dispensable(self, book: Book, now: float) -> list[tuple[float, Place]]:
-        """Idle places by the reuse rate of waiting for them, the least worth first; those worth
-        keeping only with `inf` as their rate, for a due turn."""
+        """Idle places by the reuse rate of waiting for them, the least worth first. Those worth
+        keeping only for a due turn, with `inf` as their rate, the youngest session's first: so that
+        the eldest come to their end."""
         least = 1 / book.horizon_s
+        stint_s = self._stint_s()
         found = []
         for place in book.places.values():
             if place.running:
                 continue
             rate = place.reuse_rate(now)
-            if rate < least or now - place.since >= STINT_S:
-                found.append((rate if rate < least else inf, place.sid, place))
+            if rate < least:
+                found.append((rate, -place.ask.began_at, place.sid, place))
+            elif now - place.since >= stint_s:
+                found.append((inf, -place.ask.began_at, place.sid, place))
         found.sort()
-        return [(rate, place) for rate, _, place in found]
+        return [(rate, place) for rate, _, _, place in found]
 
     def _make_room(
         self,
@@ -872,9 +944,6 @@ class Admission:
         reason: Reason = "home" if book.pod.name == arrival.home else "admitted"
         self._unhold(ticket, now)
         self._admit(ticket, book, now)
-        for passed in self._lines[ticket.ask.lane].gave():
-            passed.due_at = min(passed.due_at, now + self.age_bound_s)
-            self._enqueue(passed, book)
         if self.mode == "enforce":
             ticket.decision = settled(book.pod, arrival, self.policy, reason)
             if ticket is not self._arriving:

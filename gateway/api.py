@@ -156,7 +156,7 @@ class Api:
             "tokens": ticket.ask.tokens,
             "expected_wait_seconds": round(ticket.expected_wait_s, 3),
             "priority": ticket.ask.priority,
-            "due": now >= ticket.due_at,
+            "due": now >= admission.due_at(ticket),
         }
 
     def _time(self, monotonic_s: float | None) -> str | None:

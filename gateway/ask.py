@@ -88,6 +88,7 @@ def ask_for(
         tenant,
         priority,
         lane=lane_of(turn, request),
+        began_at=session.created_at,
         person_waits=person_waits,
         output_tokens=round(session.answer_tokens),
         tenant_weight=tenant_weight,

@@ -286,8 +286,7 @@ class AdmissionSettings(_Model):
     heartbeat_s: Seconds = 10.0
     """Time between two comments in the stream of a held turn; the first comes after half of it."""
     age_bound_s: Seconds = 60.0
-    """A turn may be held this long after it would have had a place first come first served; then no
-    other passes it."""
+    """A turn may be held this long beyond its fair share of waiting; then it goes before others."""
     tenant_weights: Annotated[dict[str, Weight], BeforeValidator(_split_pairs)] = Field(
         default={}, json_schema_extra=_allowed("TENANT=NUMBER[,TENANT=NUMBER…], a NUMBER > 0")
     )

@@ -67,9 +67,8 @@ class Held(Protocol):
     """What the queue reads and writes of a held turn."""
 
     number: int
-    due_at: float
-    ordinal: int
-    """Its number in the `Line`."""
+    due_from: float
+    """When its wait began, as far as the promise goes."""
     entries: tuple[Entry, ...]
     """Where it stands in the queue; an entry in a heap that is not here any more is void."""
 
@@ -124,7 +123,7 @@ class HoldQueue(Generic[H]):
             tokens: the fewest that it needs.
         """
         self._held[hold.number] = hold
-        due = (hold.due_at, hold.number, hold)
+        due = (hold.due_from, hold.number, hold)
         size = (float(tokens), hold.number, hold)
         heapq.heappush(self._due, due)
         heapq.heappush(self._sizes, size)
@@ -176,10 +175,11 @@ class HoldQueue(Generic[H]):
             self._entries -= 1
         return self._sizes[0][0] if self._sizes else inf
 
-    def due(self, now: float) -> Iterator[H]:
-        """Turns that are due, the longest due first. They may be removed meanwhile."""
-        if self._due and self._due[0][0] <= now:
-            yield from _pick([(0.0, self._due)], lambda key, _: key <= now)
+    def due(self, since: float) -> Iterator[H]:
+        """Turns that have waited from then on or longer, the longest first. They may be removed
+        meanwhile."""
+        if self._due and self._due[0][0] <= since:
+            yield from _pick([(0.0, self._due)], lambda key, _: key <= since)
 
     def next(self, pod: str, debts: Mapping[ShareClass, float], now: float) -> Iterator[H]:
         """All turns, in the pod's order. They may be removed meanwhile."""
@@ -228,38 +228,6 @@ def _pick(
         for heap, entry in taken:
             if _valid(entry):
                 heapq.heappush(heap, entry)
-
-
-class Line(Generic[H]):
-    """The line in which held turns would stand, first come first served: as many places as stood
-    before a turn when it came, and one more, and it would have had its own.
-
-    O(log turns) an operation; turns that were released or left are passed over.
-    """
-
-    def __init__(self, held: HoldQueue[H]) -> None:
-        self._held = held
-        self._given = 0
-        self._line: list[tuple[int, int, H]] = []
-
-    def join(self, hold: H, ahead: bool = True) -> None:
-        """A turn begins to be held, is in the queue already; without ``ahead`` it is the next: it
-        has had a place before."""
-        hold.ordinal = self._given + (len(self._held) if ahead else 1)
-        if len(self._line) > 2 * len(self._held) + 64:
-            self._line = [entry for entry in self._line if entry[2] in self._held]
-            heapq.heapify(self._line)
-        heapq.heappush(self._line, (hold.ordinal, hold.number, hold))
-
-    def gave(self) -> list[H]:
-        """A held turn got a place. Returns those still held whose own it would have been by now."""
-        self._given += 1
-        reached = []
-        while self._line and self._line[0][0] <= self._given:
-            hold = heapq.heappop(self._line)[2]
-            if hold in self._held:
-                reached.append(hold)
-        return reached
 
 
 class Shares:

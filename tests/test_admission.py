@@ -6,7 +6,7 @@ import heapq
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import settings
@@ -15,8 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.admission import (
     ASIDE_SHARE,
+    FAIR_S,
     FREE_SHARE,
-    STINT_S,
+    SPARED_OF,
+    SPARED_S,
+    STINT_LEAST_S,
     Admission,
     Ask,
     Ended,
@@ -95,6 +98,13 @@ class Gateway:
 
     def arrive(self, wanted: Ask, now: float) -> Ticket:
         return self.admission.arrive(wanted, self.pods, now)
+
+    def when_due(self, ticket: Ticket) -> float:
+        """Let time go on until the held turn is due."""
+        self.admission.tick(ticket.arrived_at + 1.0)
+        due_at = self.admission.due_at(ticket)
+        self.admission.tick(due_at)
+        return due_at
 
     def fill(self, now: float = 0.0, tokens: int = 30_000) -> list[Ticket]:
         """Two sessions: with 30,000 tokens each, no third fits the budget."""
@@ -266,12 +276,12 @@ def test_a_due_turn_goes_first_and_nothing_passes_it() -> None:
     gateway = Gateway()
     first, second = gateway.fill()
     large = gateway.arrive(ask("large", 64_000), 0)
-    gateway.admission.tick(large.due_at)
-    small = gateway.arrive(ask("small", 3_000), large.due_at)
+    due_at = gateway.when_due(large)
+    small = gateway.arrive(ask("small", 3_000), due_at)
     assert small.held  # there is room for it, but the large one comes first
-    gateway.admission.end(first, large.due_at + 1, ended(kind="ended"))
+    gateway.admission.end(first, due_at + 1, ended(kind="ended"))
     assert gateway.released == []
-    gateway.admission.end(second, large.due_at + 2, ended(kind="ended"))
+    gateway.admission.end(second, due_at + 2, ended(kind="ended"))
     assert gateway.released[0] is large
 
 
@@ -279,9 +289,9 @@ def test_a_due_turn_that_leaves_lets_the_others_pass() -> None:
     gateway = Gateway()
     gateway.fill()
     large = gateway.arrive(ask("large", 64_000), 0)
-    gateway.admission.tick(large.due_at)
-    small = gateway.arrive(ask("small", 3_000), large.due_at)
-    gateway.admission.end(large, large.due_at + 1)
+    due_at = gateway.when_due(large)
+    small = gateway.arrive(ask("small", 3_000), due_at)
+    gateway.admission.end(large, due_at + 1)
     assert gateway.released == [small]
 
 
@@ -296,7 +306,7 @@ def test_the_queue_has_a_limit() -> None:
 
 def test_single_turns_have_a_share_of_their_own() -> None:
     gateway = Gateway()
-    gateway.fill()
+    gateway.fill(tokens=37_000)
     assert gateway.arrive(ask("agent"), 0).held
     share = int(ASIDE_SHARE * CAPACITY)
     asides = [gateway.arrive(ask(f"x{i}", share // 2, aside=True), 0) for i in range(2)]
@@ -464,23 +474,6 @@ def test_the_reserve_falls_while_admitted_sessions_lose_their_kv() -> None:
     assert gateway.admission.books["a"].reserve < before
 
 
-def test_a_turn_is_due_a_minute_after_it_would_have_had_a_place_in_line() -> None:
-    gateway = Gateway()
-    first, second = gateway.fill()
-    large = gateway.arrive(ask("large", 64_000), 0)
-    small = gateway.arrive(ask("small", 20_000), 1)
-    assert large.due_at == small.due_at - 1 == STINT_S + 60
-    gateway.admission.end(first, 10, ended(kind="ended"))
-    assert gateway.released == [small]  # it passes the large one, whose place it would have been
-    assert large.due_at == 70
-    gateway.admission.tick(71)
-    late = gateway.arrive(ask("late", 20_000), 71)
-    gateway.admission.end(small, 80, ended(kind="ended"))
-    gateway.admission.end(second, 81, ended(kind="ended"))
-    assert gateway.released[1] is large
-    assert late.held
-
-
 def test_sessions_that_outgrow_the_cache_give_up_the_place_least_worth_keeping() -> None:
     gateway = Gateway()
     soon, late = gateway.fill()
@@ -501,6 +494,84 @@ def test_sessions_may_outgrow_the_cache_while_nobody_waits() -> None:
 
 
 # -- the promise ----------------------------------------------------------------------------------
+
+
+def test_a_turn_is_due_a_minute_beyond_its_fair_share_of_waiting() -> None:
+    gateway = Gateway()
+    gateway.fill()
+    held = [gateway.arrive(ask(f"s{i}"), 0) for i in range(8)]
+    gateway.admission.tick(1)
+    assert gateway.admission.due_at(held[0]) == 10 * FAIR_S + 60
+    halves = Gateway(pod("a"), pod("b"))
+    for pods in (halves.pods[:1], halves.pods[1:]):
+        for i in range(5):
+            halves.admission.arrive(ask(f"{pods[0].name}{i}"), pods, 0)
+    halves.admission.tick(1)
+    assert halves.admission.promise_s == 5 * FAIR_S + 60
+
+
+def test_the_promise_follows_a_falling_load_slowly() -> None:
+    gateway = Gateway()
+    gateway.fill()
+    held = [gateway.arrive(ask(f"s{i}"), 0) for i in range(8)]
+    gateway.admission.tick(1)
+    before_s = gateway.admission.promise_s
+    for ticket in held:
+        gateway.admission.end(ticket, 2)
+    gateway.admission.tick(3)
+    assert 0.99 * before_s < gateway.admission.promise_s < before_s
+    for now in range(4, 10_000):
+        gateway.admission.tick(now)
+    assert gateway.admission.promise_s == pytest.approx(2 * FAIR_S + 60, rel=0.01)
+
+
+def test_a_place_goes_to_a_due_turn_after_a_stint_the_youngest_sessions_first() -> None:
+    """Both are back soon, and worth keeping."""
+    gateway = Gateway()
+    elder = gateway.arrive(replace(ask("elder"), began_at=-20), 0)
+    younger = gateway.arrive(replace(ask("younger"), began_at=-10), 0)
+    waiting = gateway.arrive(ask("waiting"), 0)
+    due_at = gateway.when_due(waiting)
+    stint_s = 2 * due_at  # two places, and one turn that waits: they go round once within its wait
+    assert due_at < STINT_LEAST_S < stint_s
+    for ticket in (elder, younger):
+        gateway.admission.end(ticket, stint_s - 1, ended(soon_s=3.0))
+    assert gateway.released == []
+    gateway.admission.tick(stint_s + 1)
+    assert gateway.released == [waiting]
+    assert gateway.admission.place_of("elder") is not None
+    assert gateway.admission.place_of("younger") is None
+
+
+def crowd(gateway: Gateway, sessions: int) -> list[Ticket]:
+    """Sessions that begin at once, each larger than the one before."""
+    asks = [replace(ask(f"s{i}", 30_000 + i), began_at=0.0) for i in range(sessions)]
+    return [ticket for ticket in (gateway.arrive(each, 0) for each in asks) if ticket.held]
+
+
+def test_of_several_sessions_the_largest_waits_once_for_what_the_others_leave() -> None:
+    gateway = Gateway()
+    held = crowd(gateway, 2 * SPARED_OF)
+    due_at = gateway.when_due(held[0])
+    assert [ticket for ticket in held if ticket.spared] == held[-2:]
+    assert gateway.admission.due_at(held[-1]) == due_at + SPARED_S
+    for sid in ("s0", "s1"):
+        gateway.admission.forget(sid, due_at + 1)
+    for ticket in gateway.released:  # each lets the next ones in
+        gateway.admission.end(ticket, due_at + 2, ended(kind="ended"))
+    assert [ticket.spared for ticket in gateway.released] == [False] * (len(held) - 2) + [True] * 2
+
+
+def test_who_was_spared_is_not_the_next_time() -> None:
+    gateway = Gateway()
+    held = crowd(gateway, SPARED_OF)
+    gateway.when_due(held[0])
+    assert [ticket.spared for ticket in held] == [False] * (len(held) - 1) + [True]
+    for ticket in held:
+        gateway.admission.end(ticket, 200)
+    later = [gateway.arrive(ask(ticket.ask.arrival.sid, 40_000), 1_000) for ticket in held]
+    gateway.when_due(later[0])
+    assert not any(ticket.spared for ticket in later)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -533,15 +604,17 @@ def test_nobody_starves_even_behind_loops_that_never_pause(seed: int) -> None:
             sid = what.ask.arrival.sid
             gateway.admission.end(what, now, ended(size[sid], soon_s=1.0))
             if what.held_s:
-                worst_s = max(worst_s, what.arrived_at + what.held_s - what.due_at)
+                let_in_at = what.arrived_at + what.held_s
+                worst_s = max(worst_s, let_in_at - gateway.admission.due_at(what))
             turns[sid] = turns.get(sid, 0) + 1
             heapq.heappush(events, (now + rng.uniform(0, 1), next(order), "arrive", sid))
         for ticket in gateway.released[seen:]:
             heapq.heappush(events, (now + rng.uniform(1, 9), next(order), "end", ticket))
         seen = len(gateway.released)
-    worst_s = max([worst_s, *(6_000 - ticket.due_at for ticket in gateway.admission.held)])
+    late_s = [6_000 - gateway.admission.due_at(ticket) for ticket in gateway.admission.held]
+    worst_s = max([worst_s, *late_s])
     assert len(turns) == len(size)
-    assert worst_s < len(size) / 5 * (STINT_S + 10)
+    assert worst_s < len(size) / 5 * (STINT_LEAST_S + 10)
 
 
 class Events(RuleBasedStateMachine):

@@ -15,7 +15,6 @@ from gateway.holds import (
     MAX_DEBT_S,
     Entry,
     HoldQueue,
-    Line,
     Priority,
     ShareClass,
     Shares,
@@ -70,17 +69,20 @@ class Turn:
     additional_s: dict[str, float]
     arrived_at: float
     share: ShareClass
-    due_at: float
-    ordinal: int = 0
+    due_from: float
     entries: tuple[Entry, ...] = ()
 
 
 POD, OTHER = "pod", "other"
 turns = st.builds(
-    lambda home, here, elsewhere, arrived_at, tenant, due_at: (
+    lambda home, here, elsewhere, arrived_at, tenant, due_from: (
         home,
         Turn(
-            0, {"home": here, "away": here + elsewhere}, arrived_at, (tenant, "interactive"), due_at
+            0,
+            {"home": here, "away": here + elsewhere},
+            arrived_at,
+            (tenant, "interactive"),
+            due_from,
         ),
     ),
     st.sampled_from([POD, OTHER, None]),
@@ -117,8 +119,8 @@ def test_the_queue_keeps_the_order_of_the_rule(
             queue.remove(turn)
             del keys[turn.number]
     for _ in range(2):  # looking changes nothing
-        due = [turn.due_at for turn in queue.due(now)]
-        assert due == sorted(t.due_at for t in queue if t.due_at <= now)
+        due = [turn.due_from for turn in queue.due(now)]
+        assert due == sorted(t.due_from for t in queue if t.due_from <= now)
         order = [keys[turn.number] for turn in queue.next(POD, owed, now)]
         assert len(order) == len(queue) == len(keys)
         assert all(a <= b or a[1] == pytest.approx(b[1]) for a, b in pairwise(order))
@@ -191,40 +193,3 @@ def test_all_is_settled_when_nobody_waits() -> None:
     shares.waits(A)
     shares.waits(B)
     assert shares.debts() == {A: 0, B: 0}
-
-
-@given(st.lists(st.sampled_from(["come", "give", "leave"]), max_size=60), st.data())
-def test_the_line_tells_whose_place_it_would_have_been(
-    events: list[str], data: st.DataObject
-) -> None:
-    """Against a line kept by hand, in which places go to whoever came first."""
-    queue: HoldQueue[Turn] = HoldQueue()
-    line: Line[Turn] = Line(queue)
-    ahead: dict[Turn, int] = {}
-    reached: set[Turn] = set()
-    for number, event in enumerate(events):
-        if event == "come":
-            turn = Turn(number, {}, 0.0, ("a", "interactive"), inf)
-            queue.add(turn, turn.share, None, 0.0, 0.0, 1)
-            line.join(turn)
-            ahead[turn] = len(queue)
-        elif len(queue):
-            gone = data.draw(st.sampled_from(list(queue)))
-            queue.remove(gone)
-            if event == "give":
-                for turn in ahead:
-                    ahead[turn] -= 1
-                now = {turn for turn, left in ahead.items() if left <= 0 and turn in queue}
-                assert set(line.gave()) == now - reached
-                reached |= now
-
-
-def test_a_turn_that_had_a_place_is_the_next_in_line() -> None:
-    queue: HoldQueue[Turn] = HoldQueue()
-    line: Line[Turn] = Line(queue)
-    turns = [Turn(n, {}, 0.0, ("a", "interactive"), inf) for n in range(4)]
-    for turn in turns:
-        queue.add(turn, turn.share, None, 0.0, 0.0, 1)
-        line.join(turn, ahead=turn is not turns[3])
-    queue.remove(turns[2])
-    assert line.gave() == [turns[0], turns[3]]

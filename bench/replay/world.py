@@ -214,6 +214,7 @@ class World:
                 home=self.home.get(i),
             ),
             model=MODEL,
+            began_at=i * STARTED_APART_S,
             person_waits=k == 0 or session[k - 1].idle_kind == "human",
             output_tokens=round(self.output_tokens.get(i, 500)),
         )

@@ -113,7 +113,7 @@ def session_row(gateway: Gateway, session: Session, where: Whereabouts) -> dict[
     if session.in_flight:
         if sid in where.held:
             row["state"] = "held"
-            row["held"] = _held(where.tickets[sid], where.held[sid], wall_s)
+            row["held"] = _held(gateway, where.tickets[sid], where.held[sid], wall_s)
         return row
     if session.waiting_for:
         row["tools"] = [name[:NAME_CHARS] for name in session.waiting_for[:TOOLS_KEPT]]
@@ -126,15 +126,16 @@ def session_row(gateway: Gateway, session: Session, where: Whereabouts) -> dict[
     return row
 
 
-def _held(ticket: Ticket, why: tuple[str, str], wall_s: float) -> dict[str, Any]:
+def _held(gateway: Gateway, ticket: Ticket, why: tuple[str, str], wall_s: float) -> dict[str, Any]:
     held: dict[str, Any] = {
         "since": round(ticket.arrived_at + wall_s, 3),
         "reason": why[0],
         "pod": why[1],
         "tokens": ticket.ask.tokens,
     }
-    if ticket.due_at < inf:
-        held["due"] = round(ticket.due_at + wall_s, 3)
+    due_at = gateway.loop.admission.due_at(ticket)
+    if due_at < inf:
+        held["due"] = round(due_at + wall_s, 3)
     return held
 
 

@@ -335,7 +335,9 @@ class Sharing:
                 aside_tokens=book.aside_tokens if book is not None else 0,
                 wanted_tokens=round(wanted.get(pod.name, 0.0)),
                 claim_tokens=claim.ask.tokens if claim is not None else 0,
-                claim_age_s=max(0.0, now - claim.due_at) if claim is not None else 0.0,
+                claim_age_s=max(0.0, now - self.admission.due_at(claim))
+                if claim is not None
+                else 0.0,
                 in_flight=pod.in_flight,
                 queued_tokens=pod.queued_prefill_tokens,
             )
