@@ -15,6 +15,11 @@ forecast's reuse rate (its Gittins index, `engine_patch.forecast`) is at least 1
 
 the seconds in which the pod could prefill all that it has admitted.
 
+A held turn is promised a place (`Admission.promise_s`). Once that is due the places go round: a
+session that has had its for a stint gives way, the youngest session first, and stints are as long
+as the promise allows. Of the turns that are due a few of the largest are spared that, and wait
+for what the others leave: each of them costs the recomputation of two contexts.
+
 Driving it. `Admission` is synchronous and knows no clock; an asynchronous caller does this:
 
     ticket = admission.arrive(ask, pods, now)          # may raise QueueFull: answer 503

@@ -9,7 +9,7 @@ goes first, but before all others those that are due, the longest due of them.
 Least additional prefill first uses the KV that is still there before others evict it, and finishes
 more sessions sooner on the whole (shortest job first); its price is that long contexts whose KV is
 gone wait longer. Three things bound that price: age, the debt between classes, and a promise: a
-turn held `AGE_BOUND_S` after it would have had a place first come first served (`Line`) is due.
+turn held `AGE_BOUND_S` beyond its fair share of waiting (`Admission.promise_s`) is due.
 """
 
 from __future__ import annotations

@@ -640,7 +640,8 @@ class Events(RuleBasedStateMachine):
         if able:
             heads = [(2, 9_000), (1, 2_000)] if shared else []
             wanted = ask(sid + "x" * aside, tokens, aside=aside, home=home, heads=heads)
-            ticket = self.admission.arrive(wanted, able, self.now)
+            began_at = self.now if home is None else self.now - 100
+            ticket = self.admission.arrive(replace(wanted, began_at=began_at), able, self.now)
             assert ticket.held or ticket.place is not None
             self.open.append(ticket)
 
@@ -687,6 +688,8 @@ class Events(RuleBasedStateMachine):
         admission = self.admission
         held = set(admission.held)
         assert held == {ticket for ticket in self.open if ticket.held}
+        assert admission._spared == sum(ticket.spared for ticket in held)
+        assert len(admission._not_due) <= 2 * len(held) + 65
         for name, book in admission.books.items():
             agents = [p for p in book.places.values() if p.ask.lane == "agent"]
             counts = Counter(link for place in agents for link, _ in place.links)
