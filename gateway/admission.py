@@ -184,7 +184,7 @@ class Place:
     running: int = 0
     idle_since: float = 0.0
     idle_kind: IdleKind | None = None
-    forecast: ReuseForecast | None = None
+    _forecast: GapForecast | ReuseForecast | None = None
     _rate: float = 0.0
     _recheck_at: float = -inf
 
@@ -199,11 +199,7 @@ class Place:
     def idles(self, now: float, kind: IdleKind | None, forecast: GapForecast | None) -> None:
         self.idle_since = now
         self.idle_kind = kind
-        self.forecast = (
-            ReuseForecast(tuple(forecast.curve()), forecast.p_return)
-            if forecast is not None
-            else None
-        )
+        self._forecast = forecast
         self._recheck_at = -inf
 
     def reuse_rate(self, now: float) -> float:
@@ -212,10 +208,14 @@ class Place:
             return inf
         if now >= self._recheck_at:
             elapsed_s = now - self.idle_since
-            if self.forecast is not None:
-                self._rate = self.forecast.reuse_rate(elapsed_s)
-            else:
+            forecast = self._forecast
+            if forecast is None:
                 self._rate = 1 / max(elapsed_s, 1.0)
+            else:
+                if not isinstance(forecast, ReuseForecast):  # most places are never asked
+                    forecast = ReuseForecast(tuple(forecast.curve()), forecast.p_return)
+                    self._forecast = forecast
+                self._rate = forecast.reuse_rate(elapsed_s)
             self._recheck_at = now + max(0.2, RECHECK * elapsed_s)
         return self._rate
 
