@@ -45,7 +45,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from math import inf
-from statistics import fmean
 from typing import Final, Literal, Protocol
 
 from engine_patch.forecast import Forecast as ReuseForecast
@@ -321,14 +320,16 @@ class Book:
 
     @property
     def budget_tokens(self) -> float:
-        held = len(self.waiting) + self.others.held
-        share = self.reserve if held > 1 else max(self.reserve, FREE_SHARE)
-        return share * self.capacity_tokens
+        share = self.reserve
+        if share < FREE_SHARE and len(self.waiting) + self.others.held <= 1:
+            share = FREE_SHARE
+        capacity_tokens = self.pod.residency.capacity_tokens
+        return inf if capacity_tokens is None else share * capacity_tokens
 
     @property
     def room_tokens(self) -> float:
         """Of the budget, what agents' places may still have; less than 0 if they have too much."""
-        return self.budget_tokens - self.others.kept_tokens - self.tokens
+        return self.budget_tokens - self.others.kept_tokens - self._tokens["agent"]
 
     @property
     def tokens(self) -> int:
@@ -522,9 +523,11 @@ class Admission:
 
     def _fits(self, book: Book, ask: Ask) -> bool:
         if ask.lane == "agent":
-            lent = self.lent.get(ask.arrival.sid)
-            if ask.arrival.sid in book.places or (lent is not None and lent.pod == book.pod.name):
+            sid = ask.arrival.sid
+            if sid in book.places:
                 return True  # it has its place; growth is not held
+            if self.lent and (lent := self.lent.get(sid)) is not None and lent.pod == book.pod.name:
+                return True
             if book.claim is not None:
                 return False
         return book.fits(ask)
@@ -534,7 +537,7 @@ class Admission:
             raise QueueFull
         ask = ticket.ask
         ahead = len(self._queues[ask.lane]) / len(pods)
-        ticket.expected_wait_s = fmean(self.books[pod.name].wait_s(ahead) for pod in pods)
+        ticket.expected_wait_s = book.wait_s(ahead)
         ticket.due_from = ticket.arrived_at
         ticket.held = True
         if self.mode == "observe" or self.policy != "expected_ttft":
