@@ -394,11 +394,15 @@ class Book:
         """Whether the turn may have a place now. An agent's first place on an empty pod always
         fits, so that a turn larger than the budget runs alone; asides have a share of their own
         and may use what agents leave."""
-        additional_tokens = self.additional_tokens(ask)
         if ask.lane == "agent":
+            room_tokens = self.room_tokens
+            if ask.arrival.prompt_tokens + ask.output_tokens <= room_tokens:
+                return True
             alone = not self.places and not self.others.placed_tokens
-            return alone or additional_tokens <= self.room_tokens
-        aside_tokens = self._tokens["aside"] + self.others.aside_tokens + additional_tokens
+            return alone or self.additional_tokens(ask) <= room_tokens
+        aside_tokens = (
+            self._tokens["aside"] + self.others.aside_tokens + self.additional_tokens(ask)
+        )
         return (
             not self._tokens["aside"]
             or aside_tokens <= ASIDE_SHARE * self.capacity_tokens
