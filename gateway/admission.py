@@ -40,6 +40,7 @@ that enforcing would have saved; ``off`` only routes.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,9 +86,13 @@ sessions that grew would evict one another's KV."""
 FAIR_S: Final = 7.0
 """A turn's fair share of waiting, for each session that competes for the pod."""
 FAIR_FALLS_S: Final = 1000.0
-"""In so long the promise follows a load that falls; at once one that rises."""
-STINT_LEAST_S: Final = 90.0
-"""So long at least a session keeps its place, from turn to turn."""
+"""In so long the promise follows a load that falls."""
+FAIR_RISES: Final = 2.0
+"""Seconds a second by which it follows one that rises."""
+STINT_RANGE_S: Final = (90.0, 600.0)
+"""So long a session keeps its place, from turn to turn, while a due turn waits for one."""
+FIRST_TRY_S: Final = 10.0
+"""A turn that arrived longer ago has been held before."""
 SPARED_OF: Final = 6
 """Of so many sessions that compete one may be made to wait, once, for what the others leave."""
 SPARED_S: Final = 3600.0
@@ -449,6 +454,8 @@ class Admission:
         self._shares = Shares()
         self.promise_s = self.age_bound_s
         """A turn is due once it was held for so long."""
+        self._agents = 0
+        """Agents' places."""
         self._newcomers = 0
         """Sessions that began while they competed, of which none was spared yet."""
         self._spared = 0
@@ -467,6 +474,11 @@ class Admission:
     @property
     def held_count(self) -> int:
         return sum(map(len, self._queues.values()))
+
+    @property
+    def _competing(self) -> int:
+        """Sessions of agents that have a place or wait for one."""
+        return self._agents + len(self._queues["agent"])
 
     def place_of(self, sid: str) -> tuple[Pod, Place] | None:
         found = self._places.get(sid)
@@ -507,8 +519,7 @@ class Admission:
         )
         ticket = Ticket(ask, decision, arrived_at, number)
         if ask.lane == "agent" and now - ask.began_at < 1.0 and not ask.arrival.resumed:
-            competing = 1 + len(self._places) + len(self._queues["agent"])
-            self._newcomers = min(self._newcomers + 1, competing)
+            self._newcomers = min(self._newcomers, self._competing) + 1
         book = self.books[decision.pod.name]
         found = self._places.get(ask.arrival.sid)
         ticket.kept = found is not None and found[0] is book
@@ -552,7 +563,7 @@ class Admission:
         if ticket.home is not None:
             ticket.home.homed += 1
         self._enqueue(ticket, book)
-        if ask.lane == "agent":
+        if ask.lane == "agent" and now - ticket.arrived_at < FIRST_TRY_S:
             self._not_due.append(ticket)
             if len(self._not_due) > 2 * len(self._queues["agent"]) + 64:
                 self._not_due = deque(t for t in self._not_due if t in self._queues["agent"])
@@ -627,6 +638,7 @@ class Admission:
             place = Place(sid, ask, now, links, charged_at=now)
             book.put(place)
             self._places[sid] = (book, place)
+            self._agents += ask.lane == "agent"
         else:
             place = found[1]
             place.ask = ask
@@ -696,6 +708,7 @@ class Admission:
             return
         for place in book.places.values():
             del self._places[place.sid]
+            self._agents -= place.ask.lane == "agent"
         for queue in self._queues.values():
             queue.drop_home(name)
         for ticket in self.held:
@@ -755,6 +768,7 @@ class Admission:
 
     def _drop(self, place: Place, now: float) -> None:
         book, _ = self._places.pop(place.sid)
+        self._agents -= place.ask.lane == "agent"
         self._charge(book, place, now)
         if self.held_count and place.ask.lane == "agent":
             book.stint_s += STINT_SHARE * (now - place.since - book.stint_s)
@@ -783,6 +797,8 @@ class Admission:
             return
         dispensable = self._dispensable(book, now)
         self._spare_some(book, now)
+        if book.claim is not None and now < self.due_at(book.claim):
+            self._unclaim(book.claim)  # the promise has grown meanwhile
         for ticket in agents.due(now - self.promise_s):
             if not self._may_go(ticket, book, now):
                 continue
@@ -875,34 +891,44 @@ class Admission:
         """A turn's fair share of waiting grows with the sessions that compete, as it does on a pod
         that computes each session anew for every turn; ``since_s`` have passed."""
         books = [book for book in self.books.values() if book.pod.ready]
-        elsewhere = len(self.lent) + max((book.others.held for book in books), default=0)
-        competing = len(self._places) + len(self._queues["agent"]) + elsewhere
-        promise_s = FAIR_S * competing / max(1, len(books)) + self.age_bound_s
-        fall_s = self.promise_s - promise_s
-        self.promise_s -= fall_s * min(1.0, since_s / FAIR_FALLS_S) if fall_s > 0 else fall_s
+        if not books:
+            return
+        elsewhere = len(self.lent) + max(book.others.held for book in books)
+        promise_s = FAIR_S * (self._competing + elsewhere) / len(books) + self.age_bound_s
+        rise_s = promise_s - self.promise_s
+        if rise_s > 0:
+            self.promise_s += min(rise_s, FAIR_RISES * since_s)
+        else:
+            self.promise_s += rise_s * min(1.0, since_s / FAIR_FALLS_S)
 
     def _stint_s(self) -> float:
         """How long a session keeps its place while a due turn waits for one: so that places go
         round once within the promise."""
         waiting = len(self._queues["agent"]) - self._spared
-        return max(STINT_LEAST_S, self.promise_s * len(self._places) / max(1, waiting))
+        low_s, high_s = STINT_RANGE_S
+        return min(max(self.promise_s * self._agents / max(1, waiting), low_s), high_s)
 
     def _spare_some(self, book: Book, now: float) -> None:
-        """Of the turns that are due from now on, let the largest wait on, as far as may be."""
-        while self._not_due and self._not_due[0].due_from <= now - self.promise_s:
+        """Of the turns that are due from now on, let those wait on that are among the largest
+        held, as many as may be."""
+        agents = self._queues["agent"]
+        due = []
+        while self._not_due and self.due_at(self._not_due[0]) <= now:
             ticket = self._not_due.popleft()
-            may_wait = self._newcomers // SPARED_OF
-            if not may_wait or ticket not in self._queues["agent"]:
-                continue
-            larger = sum(
-                other.additional_tokens > ticket.additional_tokens and not other.spared
-                for other in self._queues["agent"]
-            )
-            if larger < may_wait:
+            if ticket in agents:
+                due.append(ticket)
+        may_wait = self._newcomers // SPARED_OF
+        if not due or not may_wait or len(agents) < SPARED_OF:
+            return
+        waiting = (ticket.additional_tokens for ticket in agents if not ticket.spared)
+        least_tokens = heapq.nlargest(may_wait, waiting)[-1]
+        for ticket in heapq.nlargest(may_wait, due, key=lambda ticket: ticket.additional_tokens):
+            if ticket.additional_tokens >= least_tokens:
                 self._newcomers -= SPARED_OF
                 self._spared += 1
                 ticket.spared = True
                 ticket.due_from += SPARED_S
+                self._unclaim(ticket)
                 self._enqueue(ticket, self.books[ticket.only] if ticket.only else book)
 
     def _dispensable(self, book: Book, now: float) -> list[tuple[float, Place]]:

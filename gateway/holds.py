@@ -92,6 +92,8 @@ class HoldQueue(Generic[H]):
         self._due: list[Entry] = []
         self._sizes: list[Entry] = []
         self._entries = 0
+        self._looks = 0
+        """Iterations under way."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -161,6 +163,8 @@ class HoldQueue(Generic[H]):
             heap[:] = [entry for entry in heap if _valid(entry)]
             heapq.heapify(heap)
             self._entries += len(heap)
+        if self._looks:
+            return  # one of them may have taken all of a heap's, and will put them back
         for by_class in [*self._home.values(), self._away]:
             for share in [share for share, heap in by_class.items() if not heap]:
                 del by_class[share]
@@ -175,11 +179,20 @@ class HoldQueue(Generic[H]):
             self._entries -= 1
         return self._sizes[0][0] if self._sizes else inf
 
+    def _look(
+        self, heaps: list[tuple[float, list[Entry]]], wanted: Callable[[float, Any], bool]
+    ) -> Iterator[H]:
+        self._looks += 1
+        try:
+            yield from _pick(heaps, wanted)
+        finally:
+            self._looks -= 1
+
     def due(self, since: float) -> Iterator[H]:
         """Turns that have waited from then on or longer, the longest first. They may be removed
         meanwhile."""
         if self._due and self._due[0][0] <= since:
-            yield from _pick([(0.0, self._due)], lambda key, _: key <= since)
+            yield from self._look([(0.0, self._due)], lambda key, _: key <= since)
 
     def next(self, pod: str, debts: Mapping[ShareClass, float], now: float) -> Iterator[H]:
         """All turns, in the pod's order. They may be removed meanwhile."""
@@ -189,7 +202,7 @@ class HoldQueue(Generic[H]):
             for share, heap in by_class.items()
         ]
         seen: set[int] = set()
-        for hold in _pick(heaps, lambda _, hold: True):
+        for hold in self._look(heaps, lambda _, hold: True):
             if hold.number not in seen:
                 seen.add(hold.number)
                 yield hold

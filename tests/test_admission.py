@@ -19,7 +19,7 @@ from gateway.admission import (
     FREE_SHARE,
     SPARED_OF,
     SPARED_S,
-    STINT_LEAST_S,
+    STINT_RANGE_S,
     Admission,
     Ask,
     Ended,
@@ -531,9 +531,8 @@ def test_a_place_goes_to_a_due_turn_after_a_stint_the_youngest_sessions_first() 
     elder = gateway.arrive(replace(ask("elder"), began_at=-20), 0)
     younger = gateway.arrive(replace(ask("younger"), began_at=-10), 0)
     waiting = gateway.arrive(ask("waiting"), 0)
-    due_at = gateway.when_due(waiting)
-    stint_s = 2 * due_at  # two places, and one turn that waits: they go round once within its wait
-    assert due_at < STINT_LEAST_S < stint_s
+    stint_s = 2 * gateway.when_due(waiting)  # for two places, and one turn that waits
+    assert STINT_RANGE_S[0] < stint_s < STINT_RANGE_S[1]
     for ticket in (elder, younger):
         gateway.admission.end(ticket, stint_s - 1, ended(soon_s=3.0))
     assert gateway.released == []
@@ -563,15 +562,49 @@ def test_of_several_sessions_the_largest_waits_once_for_what_the_others_leave() 
 
 
 def test_who_was_spared_is_not_the_next_time() -> None:
+    """Nor is a turn that was sent away and comes again, though others began meanwhile."""
     gateway = Gateway()
-    held = crowd(gateway, SPARED_OF)
-    gateway.when_due(held[0])
+    held = crowd(gateway, SPARED_OF + 2)
+    due_at = gateway.when_due(held[0])
     assert [ticket.spared for ticket in held] == [False] * (len(held) - 1) + [True]
     for ticket in held:
-        gateway.admission.end(ticket, 200)
-    later = [gateway.arrive(ask(ticket.ask.arrival.sid, 40_000), 1_000) for ticket in held]
-    gateway.when_due(later[0])
-    assert not any(ticket.spared for ticket in later)
+        gateway.admission.end(ticket, due_at + 1)
+    again = [
+        gateway.arrive(replace(ticket.ask, arrived_at=ticket.arrived_at), due_at + 20)
+        for ticket in held
+    ]
+    for i in range(SPARED_OF):
+        new = replace(ask(f"new{i}", 1_000), began_at=due_at + 20)
+        gateway.arrive(new, due_at + 20)
+    gateway.admission.tick(due_at + 500)
+    assert not any(ticket.spared for ticket in again)
+
+
+def test_a_claim_ends_when_the_promise_outgrows_it() -> None:
+    gateway = Gateway()
+    first, second = gateway.fill()
+    claiming = gateway.arrive(ask("claiming", 64_000), 0)
+    due_at = gateway.when_due(claiming)
+    assert gateway.admission.books["a"].claim is claiming
+    for i in range(60):
+        gateway.arrive(ask(f"s{i}", 20_000), due_at)
+    for now in range(1, 200):
+        gateway.admission.tick(due_at + now)
+    assert due_at + 200 < gateway.admission.due_at(claiming)
+    for ticket in (first, second):
+        gateway.admission.end(ticket, due_at + 200, ended(kind="ended"))
+    assert len(gateway.released) == 4  # what fits, and not the empty pod for it alone
+
+
+def test_asides_and_pods_that_are_gone_do_not_raise_the_promise() -> None:
+    gateway = Gateway(pod("a"), pod("b"))
+    gateway.admission.tick(0)
+    for i in range(100):
+        gateway.arrive(ask(f"x{i}", 100, aside=True), 1)
+    for lost in gateway.pods:
+        lost.ready = False
+    gateway.admission.tick(2)
+    assert gateway.admission.promise_s == 60
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -614,7 +647,7 @@ def test_nobody_starves_even_behind_loops_that_never_pause(seed: int) -> None:
     late_s = [6_000 - gateway.admission.due_at(ticket) for ticket in gateway.admission.held]
     worst_s = max([worst_s, *late_s])
     assert len(turns) == len(size)
-    assert worst_s < len(size) / 5 * (STINT_LEAST_S + 10)
+    assert worst_s < len(size) / 5 * (STINT_RANGE_S[1] + 10)
 
 
 class Events(RuleBasedStateMachine):
@@ -689,6 +722,8 @@ class Events(RuleBasedStateMachine):
         held = set(admission.held)
         assert held == {ticket for ticket in self.open if ticket.held}
         assert admission._spared == sum(ticket.spared for ticket in held)
+        places = [place for _, place in admission._places.values()]
+        assert admission._agents == sum(place.ask.lane == "agent" for place in places)
         assert len(admission._not_due) <= 2 * len(held) + 65
         for name, book in admission.books.items():
             agents = [p for p in book.places.values() if p.ask.lane == "agent"]

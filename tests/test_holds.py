@@ -193,3 +193,14 @@ def test_all_is_settled_when_nobody_waits() -> None:
     shares.waits(A)
     shares.waits(B)
     assert shares.debts() == {A: 0, B: 0}
+
+
+def test_turns_are_found_again_though_they_are_put_anew_while_one_looks() -> None:
+    queue: HoldQueue[Turn] = HoldQueue()
+    for number, tenant in enumerate("ab"):
+        turn = Turn(number, {}, 0.0, (tenant, "interactive"), 1e9)
+        queue.add(turn, turn.share, None, 0.0, 0.0, 1)
+    for turn in queue.next(POD, {}, 0.0):
+        for _ in range(100 * turn.number):  # so often that what is void is swept away
+            queue.add(turn, turn.share, None, 0.0, 0.0, 1)
+    assert len(list(queue.next(POD, {}, 0.0))) == 2

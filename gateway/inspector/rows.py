@@ -135,7 +135,7 @@ def _held(gateway: Gateway, ticket: Ticket, why: tuple[str, str], wall_s: float)
     }
     due_at = gateway.loop.admission.due_at(ticket)
     if due_at < inf:
-        held["due"] = round(due_at + wall_s, 3)
+        held["due"] = round(due_at + wall_s)
     return held
 
 
