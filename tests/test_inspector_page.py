@@ -195,7 +195,7 @@ async def test_a_turn_is_explained_why_there_why_held_what_was_lost(browser: Bro
             await page.locator("#detail .turn").click()
             why = page.locator("#detail .why")
             await expect(why).to_contain_text("It needed")
-            await expect(why).to_contain_text("of a budget of 15,000")
+            await expect(why).to_contain_text("of a budget of 16,000")
             await expect(why.locator("th", has_text="pod-0")).to_be_visible()
             gate.open("first", "second")
             await asyncio.gather(first, second)
