@@ -91,6 +91,8 @@ FAIR_RISES: Final = 2.0
 """Seconds a second by which it follows one that rises."""
 STINT_RANGE_S: Final = (90.0, 600.0)
 """So long a session keeps its place, from turn to turn, while a due turn waits for one."""
+NEW_S: Final = 1.0
+"""A session that began longer ago is not new any more."""
 FIRST_TRY_S: Final = 10.0
 """A turn that arrived longer ago has been held before."""
 SPARED_OF: Final = 6
@@ -248,9 +250,7 @@ class Ticket:
     shared_tokens: int = 0
     """Of its prompt, tokens of a prefix that other sessions left on some pod."""
     missing_tokens: int = 0
-    """Of its prompt, what was not resident at its home when it was looked at last."""
-    additional_tokens: int = 0
-    """Of its prompt, what the pod where it costs least had to prefill then."""
+    """Of its prompt, what its home (without one, any pod) had to prefill when it was looked at."""
     home: Book | None = None
     """While held, where its live KV is."""
     kept: bool = False
@@ -328,13 +328,12 @@ class Book:
         share = self.reserve
         if share < FREE_SHARE and len(self.waiting) + self.others.held <= 1:
             share = FREE_SHARE
-        capacity_tokens = self.pod.residency.capacity_tokens
-        return inf if capacity_tokens is None else share * capacity_tokens
+        return share * self.capacity_tokens
 
     @property
     def room_tokens(self) -> float:
         """Of the budget, what agents' places may still have; less than 0 if they have too much."""
-        return self.budget_tokens - self.others.kept_tokens - self._tokens["agent"]
+        return self.budget_tokens - self.others.kept_tokens - self.tokens
 
     @property
     def tokens(self) -> int:
@@ -401,8 +400,8 @@ class Book:
         and may use what agents leave."""
         if ask.lane == "agent":
             room_tokens = self.room_tokens
-            if ask.arrival.prompt_tokens + ask.output_tokens <= room_tokens:
-                return True
+            if ask.tokens <= room_tokens:
+                return True  # it adds no more than that
             alone = not self.places and not self.others.placed_tokens
             return alone or self.additional_tokens(ask) <= room_tokens
         aside_tokens = (
@@ -518,7 +517,7 @@ class Admission:
             (lambda pod: self._wait_s(self.books[pod.name], ask, now)) if enforced else None,
         )
         ticket = Ticket(ask, decision, arrived_at, number)
-        if ask.lane == "agent" and now - ask.began_at < 1.0 and not ask.arrival.resumed:
+        if ask.lane == "agent" and now - ask.began_at < NEW_S and not ask.arrival.resumed:
             self._newcomers = min(self._newcomers, self._competing) + 1
         book = self.books[decision.pod.name]
         found = self._places.get(ask.arrival.sid)
@@ -591,11 +590,12 @@ class Admission:
 
         home = book if ticket.only is not None else ticket.home
         home_s = 0.0
+        ticket.missing_tokens = away_tokens = max(
+            0, ask.arrival.prompt_tokens - ticket.shared_tokens
+        )
         if home is not None:
             ticket.missing_tokens = self._missing_tokens(ticket, home.pod)
             home_s = standing(ticket.missing_tokens, home)
-        away_tokens = max(0, ask.arrival.prompt_tokens - ticket.shared_tokens)
-        ticket.additional_tokens = away_tokens if home is None else ticket.missing_tokens
         self._queues[ask.lane].add(
             ticket,
             ask.share,
@@ -920,10 +920,10 @@ class Admission:
         may_wait = self._newcomers // SPARED_OF
         if not due or not may_wait or len(agents) < SPARED_OF:
             return
-        waiting = (ticket.additional_tokens for ticket in agents if not ticket.spared)
+        waiting = (ticket.missing_tokens for ticket in agents if not ticket.spared)
         least_tokens = heapq.nlargest(may_wait, waiting)[-1]
-        for ticket in heapq.nlargest(may_wait, due, key=lambda ticket: ticket.additional_tokens):
-            if ticket.additional_tokens >= least_tokens:
+        for ticket in heapq.nlargest(may_wait, due, key=lambda ticket: ticket.missing_tokens):
+            if ticket.missing_tokens >= least_tokens:
                 self._newcomers -= SPARED_OF
                 self._spared += 1
                 ticket.spared = True

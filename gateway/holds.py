@@ -179,20 +179,40 @@ class HoldQueue(Generic[H]):
             self._entries -= 1
         return self._sizes[0][0] if self._sizes else inf
 
-    def _look(
-        self, heaps: list[tuple[float, list[Entry]]], wanted: Callable[[float, Any], bool]
+    def _pick(
+        self, heaps: list[tuple[float, list[Entry]]], wanted: Callable[[float, H], bool]
     ) -> Iterator[H]:
+        """Turns of heaps, each with what is added to its keys, from the least on."""
+        taken: list[tuple[list[Entry], Entry]] = []
+        tops = [(heap[0][0] + plus, i) for i, (plus, heap) in enumerate(heaps) if heap]
+        heapq.heapify(tops)
         self._looks += 1
         try:
-            yield from _pick(heaps, wanted)
+            while tops:
+                _, i = tops[0]
+                plus, heap = heaps[i]
+                entry = heapq.heappop(heap) if heap else None
+                if heap:
+                    heapq.heapreplace(tops, (heap[0][0] + plus, i))
+                else:
+                    heapq.heappop(tops)
+                if entry is None or not _valid(entry):
+                    continue
+                taken.append((heap, entry))
+                if not wanted(entry[0], entry[2]):
+                    return
+                yield entry[2]
         finally:
             self._looks -= 1
+            for heap, entry in taken:
+                if _valid(entry):
+                    heapq.heappush(heap, entry)
 
     def due(self, since: float) -> Iterator[H]:
         """Turns that have waited from then on or longer, the longest first. They may be removed
         meanwhile."""
         if self._due and self._due[0][0] <= since:
-            yield from self._look([(0.0, self._due)], lambda key, _: key <= since)
+            yield from self._pick([(0.0, self._due)], lambda key, _: key <= since)
 
     def next(self, pod: str, debts: Mapping[ShareClass, float], now: float) -> Iterator[H]:
         """All turns, in the pod's order. They may be removed meanwhile."""
@@ -202,7 +222,7 @@ class HoldQueue(Generic[H]):
             for share, heap in by_class.items()
         ]
         seen: set[int] = set()
-        for hold in self._look(heaps, lambda _, hold: True):
+        for hold in self._pick(heaps, lambda _, hold: True):
             if hold.number not in seen:
                 seen.add(hold.number)
                 yield hold
@@ -213,34 +233,6 @@ def _valid(entry: Entry) -> bool:
         if mine is entry:
             return True
     return False
-
-
-def _pick(
-    heaps: list[tuple[float, list[Entry]]], wanted: Callable[[float, Any], bool]
-) -> Iterator[Any]:
-    """Entries of heaps, each with what is added to its keys, from the least on."""
-    taken: list[tuple[list[Entry], Entry]] = []
-    tops = [(heap[0][0] + plus, i) for i, (plus, heap) in enumerate(heaps) if heap]
-    heapq.heapify(tops)
-    try:
-        while tops:
-            _, i = tops[0]
-            plus, heap = heaps[i]
-            entry = heapq.heappop(heap) if heap else None
-            if heap:
-                heapq.heapreplace(tops, (heap[0][0] + plus, i))
-            else:
-                heapq.heappop(tops)
-            if entry is None or not _valid(entry):
-                continue
-            taken.append((heap, entry))
-            if not wanted(entry[0], entry[2]):
-                return
-            yield entry[2]
-    finally:
-        for heap, entry in taken:
-            if _valid(entry):
-                heapq.heappush(heap, entry)
 
 
 class Shares:
