@@ -459,6 +459,9 @@ class Metrics:
             (self.holds, get_args(HoldEnd)),
             (self.hints, HINT_RESULTS),
             (self.recording_lost, LOST_TO),
+            (self.store_reads, ("hit", "miss", "late", "failed")),
+            (self.store_writes, ("ok", "failed")),
+            (self.shared_gaps, ("told", "taken")),
         )
         for metric, values in words:
             for value in values:
