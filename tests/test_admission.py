@@ -33,6 +33,7 @@ from gateway.fleet.pod import Pod, PrefillRate
 from gateway.holds import Priority
 from gateway.idle import IdleKind
 from gateway.routing import Arrival
+from tests.yardstick import plain_python_s
 
 CAPACITY = 100_000
 RATE = 10_000.0
@@ -790,5 +791,5 @@ def test_deciding_stays_cheap() -> None:
             admission.tick(now)
         running += released
         released.clear()
-    # Measured about 0.2 ms; machines are shared, so the test allows for five times that.
-    assert (time.process_time() - started) / turns < 1e-3
+    # Measured: a fifth of that.
+    assert (time.process_time() - started) / turns < plain_python_s()

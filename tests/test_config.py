@@ -374,10 +374,11 @@ def test_a_tls_pair_that_loads_is_taken(pair: tuple[Path, Path]) -> None:
 
 
 def test_a_tls_pair_that_cannot_serve_is_one_clear_line(
-    pair: tuple[Path, Path], tmp_path: Path
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cert, key = pair
-    other_key, encrypted = tmp_path / "other.key", tmp_path / "encrypted.key"
+    monkeypatch.chdir(pair[0].parent)  # long paths are cut in messages
+    cert, key = (Path(path.name) for path in pair)
+    other_key, encrypted = Path("other.key"), Path("encrypted.key")
     trustme.CA().issue_cert("127.0.0.1").private_key_pem.write_to_path(other_key)
     from cryptography.hazmat.primitives import serialization
 
@@ -389,7 +390,7 @@ def test_a_tls_pair_that_cannot_serve_is_one_clear_line(
             serialization.BestAvailableEncryption(b"password"),
         )
     )
-    missing = tmp_path / "none"
+    missing = Path("none")
     for tls, start in (
         ({"certfile": missing, "keyfile": key}, f"tls.certfile: '{missing}' cannot be read (No "),
         ({"certfile": cert, "keyfile": missing}, f"tls.keyfile: '{missing}' cannot be read (No "),

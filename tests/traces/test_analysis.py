@@ -26,6 +26,7 @@ from gateway.cli import app
 from gateway.traces.load import Trace, load
 from gateway.traces.session import Call, Chain, Session, Turn
 from tests.traces.sessions import NEEDS_SHARED, SHARED, chains, sessions
+from tests.yardstick import plain_python_s
 
 
 def lru_lost_tokens(found: list[Session], sent: list[Sent], capacity_tokens: int) -> int:
@@ -229,11 +230,11 @@ def test_without_matplotlib_only_the_page_is_missing(tmp_path: Path) -> None:
 
 @NEEDS_SHARED
 def test_hundreds_of_real_sessions_are_analysed_in_a_minute_and_a_gigabyte(tmp_path: Path) -> None:
-    started = time.process_time()
+    began_s = time.process_time()
     trace = load([SHARED])
     told = figures(trace)
     (tmp_path / "r.md").write_text(markdown(told))
-    assert time.process_time() - started < 60
+    assert time.process_time() - began_s < 60_000 * plain_python_s()
     code = (
         "import re, sys; from pathlib import Path;"
         " from gateway.analysis.figures import figures; from gateway.traces.load import load;"
