@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from operator import itemgetter
+from math import inf
 from typing import Final
 
 from gateway.admission import GapForecast
@@ -19,8 +18,7 @@ AGAIN_AT: Final = (0.5, 0.9, 0.99)
 QUANTILES: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Of a forecast, as it is stated."""
 
-_START: Final = (0.0, 1.0)
-_LEFT: Final = itemgetter(1)
+_END: Final = (inf, 0.0)
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,20 +43,23 @@ class Fixed:
         return self._stated
 
     def quantiles(self, probabilities: Sequence[float]) -> list[float | None]:
-        """Seconds by which the gap has ended with each of the ``probabilities``, if the session
-        returns; None beyond the curve's end. O(log points) each."""
-        rising = self.points[::-1]  # by what is left
+        """Seconds by which the gap has ended with each of the ``probabilities``, which rise, if the
+        session returns; None beyond the curve's end. O(points) for all."""
         found: list[float | None] = []
+        points = iter((*self.points, _END))
+        before_s, p_before = at_s, p = 0.0, 1.0
         for probability in probabilities:
             left = 1.0 - probability
-            i = bisect_right(rising, left, key=_LEFT)
-            if i == 0:
+            while p > left:
+                before_s, p_before = at_s, p
+                at_s, p = next(points)
+            if at_s == inf:
                 found.append(None)
-                continue
-            t_s, p = rising[i - 1]
-            t_before, p_before = rising[i] if i < len(rising) else _START
-            along = (p_before - left) / (p_before - p) if p_before > p else 1.0
-            found.append(round(t_before + (t_s - t_before) * along, 3))
+            elif p_before > p:
+                along = (p_before - left) / (p_before - p)
+                found.append(round(before_s + (at_s - before_s) * along, 3))
+            else:
+                found.append(round(at_s, 3))
         return found
 
 

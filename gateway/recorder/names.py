@@ -35,23 +35,27 @@ class Salted:
 
     def __init__(self, salt: bytes) -> None:
         self._keyed = blake2b(key=salt, digest_size=8)
+        self._block = self._of_kind(b"block")
         self.scope = self.name("scope", "")
         """Of all blocks."""
         self.tenant = lru_cache(maxsize=1024)(partial(self.name, "tenant"))
 
-    def _digest(self, kind: bytes, value: bytes) -> bytes:
+    def _of_kind(self, kind: bytes) -> blake2b:
         keyed = self._keyed.copy()
-        keyed.update(kind)
-        keyed.update(value)
-        return keyed.digest()
+        keyed.update(kind + b"\0")
+        return keyed
 
     def name(self, kind: str, value: str) -> str:
         """16 hexadecimal digits."""
-        return self._digest(kind.encode() + b"\0", value.encode(errors="surrogatepass")).hex()
+        keyed = self._of_kind(kind.encode())
+        keyed.update(value.encode(errors="surrogatepass"))
+        return keyed.hexdigest()
 
     def block(self, link: int) -> int:
         """The first block's id, of 61 bits, of a segment with this link of its prefix chain."""
-        return int.from_bytes(self._digest(b"block\0", link.to_bytes(8, "big")), "big") >> 3
+        keyed = self._block.copy()
+        keyed.update(link.to_bytes(8, "big"))
+        return int.from_bytes(keyed.digest(), "big") >> 3
 
 
 @lru_cache(maxsize=1024)

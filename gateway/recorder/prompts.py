@@ -86,6 +86,6 @@ class Prompts:
 def _common(a: array[int], b: array[int]) -> int:
     """How many links two chains have in common: a link stands for all before it."""
     most = min(len(a), len(b))
-    if most and a[most - 1] == b[most - 1]:
+    if not most or a[most - 1] == b[most - 1]:
         return most
     return bisect_left(range(most), True, key=lambda i: a[i] != b[i])
