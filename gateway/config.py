@@ -279,12 +279,13 @@ class AdmissionSettings(_Model):
     holds none. `observe` holds nothing and reports what it would have done. `off` only routes."""
     max_held: Count = 1_000
     """Turns held at once; more are answered 429."""
-    max_hold_s: Seconds = 270.0
-    """Longest hold of a turn that streams."""
+    max_hold_s: Seconds = 7_200.0
+    """Longest hold of a turn that streams. Heartbeats keep its client waiting; a limit within what
+    the rules may make a turn wait costs a part of the gain."""
     max_hold_unstreamed_s: Seconds = 120.0
     """Longest hold of a turn that does not stream."""
     heartbeat_s: Seconds = 10.0
-    """Time between two comments in the stream of a held turn; the first comes after half of it."""
+    """Time between two heartbeats in a held turn's stream; the first comes after half of it."""
     age_bound_s: Seconds = 60.0
     """A turn may be held this long beyond its fair share of waiting; then it goes before others."""
     tenant_weights: Annotated[dict[str, Weight], BeforeValidator(_split_pairs)] = Field(

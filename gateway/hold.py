@@ -2,8 +2,10 @@
 
 A client that streams gets the response's headers after a short quiet time, then an SSE comment
 every ``heartbeat_s``: all clients pass comments over (`clients.md` §0.10), and no timeout of theirs
-or of a load balancer between runs out. One that does not stream waits in silence, at most half of
-its own timeout, and is then asked to come again; what it has waited counts for it then.
+or of a load balancer between runs out. Only Codex counts events, not bytes, and ends a stream that
+had none for 300 s: it gets an event of a type that it passes over, as OpenAI's own API sends it.
+One that does not stream waits in silence, at most half of its own timeout, and is then asked to
+come again; what it has waited counts for it then.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Final, Literal
 from gateway.admission import Ticket
 from gateway.config import AdmissionSettings
 from gateway.errors import GatewayError
-from gateway.identity import Headers
+from gateway.identity import Headers, client_kind
 
 Send = Callable[[Any], Awaitable[None]]
 HoldEnd = Literal[
@@ -26,6 +28,8 @@ HoldEnd = Literal[
 ]
 
 HEARTBEAT: Final = b": held\n\n"
+HEARTBEAT_EVENT: Final = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'
+"""For Codex alone: the SDKs' helpers want ``response.created`` to be the first event."""
 STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -49,6 +53,7 @@ class Patience:
     quiet_s: float
     """Before the first heartbeat; infinite for a client that does not stream."""
     heartbeat_s: float
+    heartbeat: bytes = HEARTBEAT
 
 
 def patience(settings: AdmissionSettings, headers: Headers, stream: bool) -> Patience:
@@ -56,7 +61,8 @@ def patience(settings: AdmissionSettings, headers: Headers, stream: bool) -> Pat
     timeout_s = _client_timeout_s(headers)
     if stream:
         beat_s = min(settings.heartbeat_s, timeout_s / 3)
-        return Patience(settings.max_hold_s, beat_s / 2, beat_s)
+        beat = HEARTBEAT_EVENT if client_kind(headers) == "codex" else HEARTBEAT
+        return Patience(settings.max_hold_s, beat_s / 2, beat_s, beat)
     return Patience(min(settings.max_hold_unstreamed_s, timeout_s / 2), math.inf, math.inf)
 
 
@@ -100,18 +106,18 @@ class HeldTurn:
             if now >= ends_at:
                 raise too_long(patience.limit_s)
             if now >= beats_at:
-                await self._beat()
+                await self._beat(patience.heartbeat)
                 beats_at = now + patience.heartbeat_s
             await asyncio.wait({self._freed}, timeout=min(ends_at, beats_at) - loop.time())
         self._freed.result()
 
-    async def _beat(self) -> None:
+    async def _beat(self, heartbeat: bytes) -> None:
         if not self.began:
             self.began = True
             await self._send(
                 {"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS}
             )
-        await self._send({"type": "http.response.body", "body": HEARTBEAT, "more_body": True})
+        await self._send({"type": "http.response.body", "body": heartbeat, "more_body": True})
 
 
 class SentAway:

@@ -45,7 +45,7 @@ RETRY_REASONS = ("status_503", *(r for r in get_args(Reason) if r != "first_byte
 """Who has waited for a pod's first byte in vain is not sent to another."""
 LOST_TO = ("queue", "disk", "fault")
 HINT_RESULTS = (*get_args(Status), "failed", "dropped")
-HOLD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 90, 120, 180, 240, 300)
+HOLD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 90, 120, 180, 240, 300, 600, 1200, 2400)
 GAP_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 7200, 28800, 86400)
 
 

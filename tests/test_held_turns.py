@@ -34,6 +34,7 @@ from tests.served import (
     Exchange,
     Reply,
     body_of,
+    events_of,
     gateway_over,
     stream_error_of,
     until,
@@ -231,13 +232,27 @@ async def test_a_full_queue_answers_429(wire: str) -> None:
 
 def test_the_clients_own_timeout_bounds_the_hold() -> None:
     settings = Settings().admission
-    assert patience(settings, {}, stream=True) == Patience(270, 5, 10)
+    assert patience(settings, {}, stream=True) == Patience(7200, 5, 10)
     assert patience(settings, {}, stream=False).limit_s == 120
     for name in (b"x-stainless-timeout", b"x-stainless-read-timeout"):
         assert patience(settings, {name: b"60"}, stream=False).limit_s == 30
-        assert patience(settings, {name: b"9.0"}, stream=True) == Patience(270, 1.5, 3)
+        assert patience(settings, {name: b"9.0"}, stream=True) == Patience(7200, 1.5, 3)
         for odd in (b"", b"x", b"-1", b"0", b"nan", b"inf"):
-            assert patience(settings, {name: odd}, stream=True) == Patience(270, 5, 10)
+            assert patience(settings, {name: odd}, stream=True) == Patience(7200, 5, 10)
+
+
+async def test_codex_which_counts_events_alone_is_kept_waiting_by_events() -> None:
+    async with SmallPod(Gate({"second"})) as pod, gateway_over(pod, admission=QUICK) as gateway:
+        async with occupied(gateway) as first:
+            headers = {"user-agent": "codex_exec/0.169.0 (Debian 12; x86_64)"}
+            second = turn(gateway, "second", "responses", stream=True, headers=headers)
+            await until(lambda: held(gateway) == 1)
+            await asyncio.sleep(0.5)
+            first.cancel()
+            reply = await second
+        events = events_of(reply.data)
+        assert events[0] == ("keepalive", {"type": "keepalive"})
+        assert b": held" not in reply.data
 
 
 # -- ways out --------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def figures(outcome: Outcome) -> Row:
         "goodput_tokens_per_s": sum(turn.output_tokens for turn in turns) / outcome.makespan_s,
         "holds": sum(turn.held_s > 0 for turn in turns),
         "longest_hold_s": max(turn.held_s for turn in turns),
+        "sent_away": outcome.sent_away,
         "lost_tokens": outcome.lost_tokens,
         "sessions": len(session_s),
         "turns": len(turns),

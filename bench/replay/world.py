@@ -26,6 +26,7 @@ from engine_patch.scheduler import SyncReuseAwareScheduler
 from gateway import hints
 from gateway.admission import Admission, Ask, Ended, Mode, Ticket
 from gateway.conductor import Conductor, Run
+from gateway.config import AdmissionSettings
 from gateway.fleet.pod import Pod
 from gateway.routing import Arrival, Policy
 
@@ -33,6 +34,9 @@ BLOCK = BLOCK_TOKENS // SCALE
 MODEL = "model"
 TICK_S = 0.5
 STARTED_APART_S = 0.05
+MAX_HOLD_S = AdmissionSettings().max_hold_s
+COMES_AGAIN_S = 1.0
+"""A client that was sent away comes again so soon, as it is told to."""
 HEAD_BLOCKS = (512, 256, 128, 64, 32, 16, 8)
 
 
@@ -71,6 +75,8 @@ class Outcome:
     lost_tokens: dict[str, int] = field(default_factory=dict)
     saved_tokens: int = 0
     reserves: dict[str, float] = field(default_factory=dict)
+    sent_away: int = 0
+    """Turns that were held too long, each as often as it was."""
 
 
 @dataclass(slots=True, eq=False)
@@ -201,7 +207,9 @@ class World:
 
     # -- the client ------------------------------------------------------------------------------
 
-    def _arrive(self, i: int, k: int) -> None:
+    def _arrive(self, i: int, k: int, since: float | None = None) -> None:
+        """A session's turn comes, or comes again."""
+        arrived_at = self.now if since is None else since
         session = self.sessions[i]
         turn = session[k]
         prompt_tokens = BLOCK_TOKENS * len(turn.blocks)
@@ -217,13 +225,22 @@ class World:
             began_at=i * STARTED_APART_S,
             person_waits=k == 0 or session[k - 1].idle_kind == "human",
             output_tokens=round(self.output_tokens.get(i, 500)),
+            arrived_at=arrived_at,
         )
         ticket = self.conductor.arrive(ask, self.pods, self.now)
-        ticket.context = job = _Job(i, k, self.now)
+        ticket.context = job = _Job(i, k, arrived_at)
         if not ticket.held or self.setup.mode != "enforce":
             self._send(ticket, job)
             return
+        self._at(self.now + MAX_HOLD_S, lambda: self._held_too_long(ticket, job))
         self._tick_soon()
+
+    def _held_too_long(self, ticket: Ticket, job: _Job) -> None:
+        if ticket.held:
+            self.outcome.sent_away += 1
+            self.conductor.admission.end(ticket, self.now)
+            again = partial(self._arrive, job.session, job.k, job.arrived_at)
+            self._at(self.now + COMES_AGAIN_S, again)
 
     # -- the gateway -----------------------------------------------------------------------------
 
