@@ -44,6 +44,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count
 from math import inf
 from typing import Final, Literal, Protocol
@@ -148,10 +149,11 @@ class Ask:
     tenant_weight: float = 1.0
     arrived_at: float | None = None
     """When the turn first arrived, if this is not the first try."""
+    tokens: int = field(init=False, compare=False)
+    """Of prompt and answer."""
 
-    @property
-    def tokens(self) -> int:
-        return self.arrival.prompt_tokens + self.output_tokens
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", self.arrival.prompt_tokens + self.output_tokens)
 
     @property
     def share(self) -> ShareClass:
@@ -333,7 +335,7 @@ class Book:
     @property
     def room_tokens(self) -> float:
         """Of the budget, what agents' places may still have; less than 0 if they have too much."""
-        return self.budget_tokens - self.others.kept_tokens - self.tokens
+        return self.budget_tokens - self.others.kept_tokens - self._tokens["agent"]
 
     @property
     def tokens(self) -> int:
@@ -384,7 +386,7 @@ class Book:
     def additional_tokens(self, ask: Ask) -> int:
         """Tokens by which a place for this turn would raise the sum."""
         arrival = ask.arrival
-        tokens = arrival.prompt_tokens + ask.output_tokens
+        tokens = ask.tokens
         if arrival.steps and self._links:
             for link, added_tokens in arrival.steps:
                 if link in self._links:
@@ -514,7 +516,7 @@ class Admission:
             ask.arrival,
             self.policy,
             number,
-            (lambda pod: self._wait_s(self.books[pod.name], ask, now)) if enforced else None,
+            partial(self._wait_s, ask) if enforced else None,
         )
         ticket = Ticket(ask, decision, arrived_at, number)
         if ask.lane == "agent" and now - ask.began_at < NEW_S and not ask.arrival.resumed:
@@ -528,10 +530,11 @@ class Admission:
             self._hold(ticket, book, pods, now)
         return ticket
 
-    def _wait_s(self, book: Book, ask: Ask, now: float) -> float:
+    def _wait_s(self, ask: Ask, pod: Pod) -> float:
+        book = self.books[pod.name]
         if self._fits(book, ask):
             return 0.0
-        live = book.pod.residency.tokens(ask.arrival.sid) if ask.arrival.home else 0
+        live = pod.residency.tokens(ask.arrival.sid) if ask.arrival.home else 0
         ahead = book.homed + (0 if live else len(self._queues[ask.lane]) / len(self.books))
         return book.wait_s(ahead)
 
