@@ -149,6 +149,8 @@ class Ask:
     tenant_weight: float = 1.0
     arrived_at: float | None = None
     """When the turn first arrived, if this is not the first try."""
+    spared: bool = False
+    """It was when its client left, and comes again: its wait goes on (`Ticket.spared`)."""
     tokens: int = field(init=False, compare=False)
     """Of prompt and answer."""
 
@@ -557,6 +559,8 @@ class Admission:
         ticket.expected_wait_s = book.wait_s(ahead)
         ticket.due_from = ticket.arrived_at
         ticket.held = True
+        if ask.spared:
+            self._spare(ticket)
         if self.mode == "observe" or self.policy != "expected_ttft":
             ticket.only = book.pod.name
         ticket.shared_tokens = ticket.decision.common_tokens
@@ -928,11 +932,14 @@ class Admission:
         for ticket in heapq.nlargest(may_wait, due, key=lambda ticket: ticket.missing_tokens):
             if ticket.missing_tokens >= least_tokens:
                 self._newcomers -= SPARED_OF
-                self._spared += 1
-                ticket.spared = True
-                ticket.due_from += SPARED_S
+                self._spare(ticket)
                 self._unclaim(ticket)
                 self._enqueue(ticket, self.books[ticket.only] if ticket.only else book)
+
+    def _spare(self, ticket: Ticket) -> None:
+        self._spared += 1
+        ticket.spared = True
+        ticket.due_from += SPARED_S
 
     def _dispensable(self, book: Book, now: float) -> list[tuple[float, Place]]:
         """Idle places by the reuse rate of waiting for them, the least worth first. Those worth

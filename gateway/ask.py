@@ -54,9 +54,11 @@ def ask_for(
     priority: Priority,
     number: int,
     arrived_at: float,
+    spared: bool,
 ) -> Ask:
     """The turn as admission sees it. One without a session is an aside of its own, told from
-    others by ``number``. ``arrived_at`` is when it first arrived, seconds of the loop's clock."""
+    others by ``number``. ``arrived_at`` is when it first arrived, seconds of the loop's clock;
+    ``spared`` whether it was when its client left."""
     if turn is None:
         nobody = Arrival(sid=f"?{number}", prompt_tokens=1, same_tokens=0, heads=[])
         return Ask(
@@ -93,4 +95,5 @@ def ask_for(
         output_tokens=round(session.answer_tokens),
         tenant_weight=tenant_weight,
         arrived_at=arrived_at,
+        spared=spared,
     )

@@ -125,20 +125,19 @@ class SentAway:
     again."""
 
     def __init__(self) -> None:
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._left: OrderedDict[str, tuple[float, bool, float]] = OrderedDict()
 
-    def add(self, sid: str, arrived_at: float, now: float) -> None:
-        self._left[sid] = (arrived_at, now)
+    def add(self, sid: str, arrived_at: float, spared: bool, now: float) -> None:
+        self._left[sid] = (arrived_at, spared, now)
         self._left.move_to_end(sid)
         while len(self._left) > MAX_SENT_AWAY:
             self._left.popitem(last=False)
 
-    def arrived_at(self, sid: str, now: float) -> float | None:
-        """When the session's turn first arrived, if it was sent away lately."""
-        found = self._left.pop(sid, None)
-        if found is None or now - found[1] > COMES_AGAIN_S:
-            return None
-        return found[0]
+    def waited(self, sid: str, now: float) -> tuple[float, bool]:
+        """When the session's turn first arrived if it left lately, else now, and whether it is
+        spared."""
+        arrived_at, spared, left_at = self._left.pop(sid, (now, False, now))
+        return (arrived_at, spared) if now - left_at <= COMES_AGAIN_S else (now, False)
 
 
 class NoPodWatch:

@@ -104,6 +104,7 @@ class TurnFlow:
         self.outcome = "failed"
         self.status = 0
         self.waiting_since: float | None = None
+        self.spared = False
         """Its arrival, or that of its first try if it was sent away."""
         self.attempts = 0
         self.held_s = 0.0
@@ -294,8 +295,7 @@ class TurnFlow:
         gateway.turns_asked += 1
         if self.waiting_since is None:
             sid = self.turn.session.sid if self.turn is not None else ""
-            away_since = gateway.loop.sent_away.arrived_at(sid, self.started_at)
-            self.waiting_since = self.started_at if away_since is None else away_since
+            self.waiting_since, self.spared = gateway.loop.sent_away.waited(sid, self.started_at)
         return ask_for(
             self.turn,
             request,
@@ -304,6 +304,7 @@ class TurnFlow:
             self.priority,
             gateway.turns_asked,
             self.waiting_since,
+            self.spared,
         )
 
     def _arrive(self, ask: Ask, pods: Sequence[Pod]) -> Ticket:
@@ -313,7 +314,7 @@ class TurnFlow:
         try:
             return gateway.loop.conductor.arrive(ask, pods, now)
         except QueueFull:
-            gateway.loop.sent_away.add(ask.arrival.sid, ask.arrived_at or now, now)
+            gateway.loop.sent_away.add(ask.arrival.sid, ask.arrived_at or now, ask.spared, now)
             self._hold_ended("queue_full", 0.0)
             raise queue_full(gateway.turns_asked % 32 / 32) from None
         except Exception:
@@ -362,7 +363,9 @@ class TurnFlow:
             if self.trace is not None:
                 self.trace.held(began_at, now, end)
             if end in ("too_long", "client_gone"):
-                loop.sent_away.add(ticket.ask.arrival.sid, ticket.arrived_at, now)
+                # A client that leaves by itself has patience for more tries; ours is at its end.
+                spared = ticket.spared and end == "client_gone"
+                loop.sent_away.add(ticket.ask.arrival.sid, ticket.arrived_at, spared, now)
 
     def _hold_ended(self, end: HoldEnd, held_s: float) -> None:
         self.gateway.metrics.holds[end,].observe(held_s)

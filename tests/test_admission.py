@@ -668,14 +668,18 @@ class Events(RuleBasedStateMachine):
         aside=st.booleans(),
         home=st.sampled_from(["a", "b", None]),
         shared=st.booleans(),
+        spared=st.booleans(),
     )
-    def arrive(self, sid: str, tokens: int, aside: bool, home: str | None, shared: bool) -> None:
+    def arrive(
+        self, sid: str, tokens: int, aside: bool, home: str | None, shared: bool, spared: bool
+    ) -> None:
         able = [p for p in self.pods if p.ready and not p.draining]
         if able:
             heads = [(2, 9_000), (1, 2_000)] if shared else []
             wanted = ask(sid + "x" * aside, tokens, aside=aside, home=home, heads=heads)
             began_at = self.now if home is None else self.now - 100
-            ticket = self.admission.arrive(replace(wanted, began_at=began_at), able, self.now)
+            wanted = replace(wanted, began_at=began_at, spared=spared and not aside)
+            ticket = self.admission.arrive(wanted, able, self.now)
             assert ticket.held or ticket.place is not None
             self.open.append(ticket)
 

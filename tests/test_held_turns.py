@@ -216,6 +216,31 @@ async def test_what_a_turn_has_waited_counts_when_it_comes_again() -> None:
             assert (await again).status == 503
 
 
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "is sent away"])
+async def test_a_spared_turn_is_spared_still_if_its_client_left_by_itself(leaves: bool) -> None:
+    options = QUICK | ({} if leaves else {"max_hold_s": 0.3})
+    async with SmallPod(Gate()) as pod, gateway_over(pod, admission=options) as gateway:
+        admission = gateway.gateway.loop.admission
+        async with occupied(gateway):
+            again = turn(gateway, "again", stream=True)
+            await until(lambda: held(gateway) == 1)
+            (ticket,) = admission.held
+            admission._spare(ticket)
+            due_from = ticket.due_from
+            if leaves:
+                again.cancel()
+            await until(lambda: held(gateway) == 0)
+            await asyncio.gather(again, return_exceptions=True)
+            again = turn(gateway, "again", stream=True)
+            await until(lambda: held(gateway) == 1)
+            (ticket,) = admission.held
+            assert ticket.spared is leaves
+            assert ticket.due_from == (due_from if leaves else ticket.arrived_at)
+            again.cancel()
+            await until(lambda: held(gateway) == 0)
+        assert admission._spared == 0
+
+
 @pytest.mark.parametrize("wire", AGENT_WIRES)
 async def test_a_full_queue_answers_429(wire: str) -> None:
     async with SmallPod(Gate()) as pod, gateway_over(pod, admission={"max_held": 1}) as gateway:

@@ -35,8 +35,9 @@ MODEL = "model"
 TICK_S = 0.5
 STARTED_APART_S = 0.05
 MAX_HOLD_S = AdmissionSettings().max_hold_s
+PATIENCE_S = 610.0
+"""So long Claude Code, whose sessions most are, waits behind heartbeats before it tries again."""
 COMES_AGAIN_S = 1.0
-"""A client that was sent away comes again so soon, as it is told to."""
 HEAD_BLOCKS = (512, 256, 128, 64, 32, 16, 8)
 
 
@@ -76,7 +77,7 @@ class Outcome:
     saved_tokens: int = 0
     reserves: dict[str, float] = field(default_factory=dict)
     sent_away: int = 0
-    """Turns that were held too long, each as often as it was."""
+    """Turns that the gateway would hold no longer, each as often as it was."""
 
 
 @dataclass(slots=True, eq=False)
@@ -207,7 +208,7 @@ class World:
 
     # -- the client ------------------------------------------------------------------------------
 
-    def _arrive(self, i: int, k: int, since: float | None = None) -> None:
+    def _arrive(self, i: int, k: int, since: float | None = None, spared: bool = False) -> None:
         """A session's turn comes, or comes again."""
         arrived_at = self.now if since is None else since
         session = self.sessions[i]
@@ -226,21 +227,25 @@ class World:
             person_waits=k == 0 or session[k - 1].idle_kind == "human",
             output_tokens=round(self.output_tokens.get(i, 500)),
             arrived_at=arrived_at,
+            spared=spared,
         )
         ticket = self.conductor.arrive(ask, self.pods, self.now)
         ticket.context = job = _Job(i, k, arrived_at)
         if not ticket.held or self.setup.mode != "enforce":
             self._send(ticket, job)
             return
-        self._at(self.now + MAX_HOLD_S, lambda: self._held_too_long(ticket, job))
+        self._at(self.now + min(MAX_HOLD_S, PATIENCE_S), lambda: self._held_too_long(ticket, job))
         self._tick_soon()
 
     def _held_too_long(self, ticket: Ticket, job: _Job) -> None:
-        if ticket.held:
-            self.outcome.sent_away += 1
-            self.conductor.admission.end(ticket, self.now)
-            again = partial(self._arrive, job.session, job.k, job.arrived_at)
-            self._at(self.now + COMES_AGAIN_S, again)
+        if not ticket.held:
+            return
+        sent_away = MAX_HOLD_S < PATIENCE_S
+        self.outcome.sent_away += sent_away
+        self.conductor.admission.end(ticket, self.now)
+        spared = ticket.spared and not sent_away
+        again = partial(self._arrive, job.session, job.k, job.arrived_at, spared)
+        self._at(self.now + COMES_AGAIN_S, again)
 
     # -- the gateway -----------------------------------------------------------------------------
 
