@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -123,6 +124,8 @@ class ApiServer:
         self.url = ""
         self._uids = count(1)
         self._watches: list[Watch] = []
+        self.opened: Counter[str] = Counter()
+        """Watches so far, by collection; one that its client left may be served a little longer."""
 
     # -- what happens in the cluster ---------------------------------------------------------------
 
@@ -221,6 +224,7 @@ class ApiServer:
             if of == plural and version > max(after, self.compacted) and matches(selector, item):
                 watch.tell(kind, item)
         self._watches.append(watch)
+        self.opened[plural] += 1
         try:
             async with asyncio.timeout(int(query["timeoutSeconds"])):
                 while line := await watch.lines.get():

@@ -232,10 +232,10 @@ async def test_malformed_events_are_survived(api: ApiServer) -> None:
         for number, bad in enumerate(
             (b"not json\n", b'{"type": "ADDED"}\n', b"[]\n", b'{"type":"ERROR","object":{}}\n'), 1
         ):
-            await watched(api)
+            await until(lambda n=number: api.opened["pods"] == n)  # type: ignore[misc]
             api.raw("pods", bad)
             await until(lambda n=number: source.failures == n)  # type: ignore[misc]
-        await watched(api)
+        await until(lambda: api.opened["pods"] == 5)
         api.raw("pods", b"\n")
         api.raw("pods", b'{"type":"NEW_KIND","object":{"metadata":{"name":"x","uid":"u",')
         api.raw("pods", b'"resourceVersion":"1"}}}\n')
