@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -85,13 +86,20 @@ class Load:
         await self.until(lambda: all(len(a.pods) > before[a.name] for a in self.agents))
 
     def moved(self) -> list[str]:
-        """Turns that ran on another pod than the one before, and why."""
+        """Turns that ran on another pod than the one before, and why. Not those that were known to
+        find their KV there and left it for a queue: that is the machine's, which has others to
+        serve."""
         return [
             f"{agent.name}/{k} from {before['pod']}: {route}"
             for agent in self.agents
             for k, (before, route) in enumerate(pairwise(agent.routes), start=1)
-            if route["pod"] != before["pod"]
+            if route["pod"] != before["pod"] and not _for_its_queue(before["pod"], route)
         ]
+
+
+def _for_its_queue(home: str, route: dict[str, Any]) -> bool:
+    known = {c["pod"]: c["resident_tokens"] for c in route["candidates"]}
+    return route["reason"] == "moved" and known.get(home, 0) > 0.9 * route["prompt_tokens"]
 
 
 @asynccontextmanager
