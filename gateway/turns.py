@@ -104,8 +104,9 @@ class TurnFlow:
         self.outcome = "failed"
         self.status = 0
         self.waiting_since: float | None = None
-        self.spared = False
         """Its arrival, or that of its first try if it was sent away."""
+        self.spared = False
+        """It was when its client left (`Ask.spared`)."""
         self.attempts = 0
         self.held_s = 0.0
         self.first_byte_s: float | None = None
