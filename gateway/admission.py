@@ -15,10 +15,12 @@ forecast's reuse rate (its Gittins index, `engine_patch.forecast`) is at least 1
 
 the seconds in which the pod could prefill all that it has admitted.
 
-A held turn is promised a place (`Admission.promise_s`). Once that is due the places go round: a
+A held turn is promised a place (`Admission.promise_s`). Once that is due some places go round: a
 session that has had its for a stint gives way, the youngest session first, and stints are as long
-as the promise allows. Of the turns that are due a few of the largest are spared that, and wait
-for what the others leave: each of them costs the recomputation of two contexts.
+as the promise allows. Each round costs the recomputation of two contexts, and attention makes a
+context of twice the size more than twice as costly. So most of the budget does not go round: the
+largest contexts keep their places, unless a turn is late, and come to their end at full speed; and
+of the turns that are due a few of the largest are spared, and wait for what the others leave.
 
 Driving it. `Admission` is synchronous and knows no clock; an asynchronous caller does this:
 
@@ -78,25 +80,29 @@ does nothing."""
 RESERVE_DOWN: Final = 0.005
 """A second, while they do not."""
 REGRET_LOW: Final = 0.01
-REGRET_HIGH: Final = 0.03
+REGRET_HIGH: Final = 0.05
 ASIDE_SHARE: Final = 0.1
 """Of the capacity, kept for turns that belong to no agent loop."""
 SHED: Final = 1.0
 """Of the capacity: beyond it, while turns are held, the places least worth keeping are given up, as
 sessions that grew would evict one another's KV."""
-FAIR_S: Final = 7.0
+FAIR_S: Final = 5.0
 """A turn's fair share of waiting, for each session that competes for the pod."""
-FAIR_FALLS_S: Final = 1000.0
+FAIR_FALLS_S: Final = 2000.0
 """In so long the promise follows a load that falls."""
 FAIR_RISES: Final = 2.0
 """Seconds a second by which it follows one that rises."""
-STINT_RANGE_S: Final = (90.0, 600.0)
-"""So long a session keeps its place, from turn to turn, while a due turn waits for one."""
+STINT_RANGE_S: Final = (30.0, 600.0)
+"""So long a session keeps a place that goes round, from turn to turn, while a due turn waits."""
+ROUND_SHARE: Final = 0.2
+"""Of the budget, what goes round, one place at least; the largest contexts keep theirs."""
+LATE_S: Final = 200.0
+"""Once a turn has been due for so long, all places go round."""
 NEW_S: Final = 1.0
 """A session that began longer ago is not new any more."""
 FIRST_TRY_S: Final = 10.0
 """A turn that arrived longer ago has been held before."""
-SPARED_OF: Final = 6
+SPARED_OF: Final = 5
 """Of so many sessions that compete one may be made to wait, once, for what the others leave."""
 SPARED_S: Final = 3600.0
 """So much later such a turn is due."""
@@ -319,6 +325,8 @@ class Book:
     regret: float = 0.0
     """Share of the tokens that admitted sessions left here and did not find again."""
     others: Others = NOBODY
+    going_round: int = 0
+    """Places that did when a due turn last looked for one."""
     _tokens: dict[Lane, int] = field(default_factory=lambda: {"agent": 0, "aside": 0})
     _links: dict[int, list[int]] = field(default_factory=dict)
 
@@ -575,7 +583,7 @@ class Admission:
                 self._not_due = deque(t for t in self._not_due if t in self._queues["agent"])
         if ask.lane == "agent" and book.claim is None:
             dispensable = self._dispensable(book, now)
-            if dispensable and self._make_room(book, ask, dispensable, False, now):
+            if dispensable and self._make_room(book, ask, dispensable, now):
                 self._arriving = ticket
                 self._release(ticket, book, now)
                 self._arriving = None
@@ -803,13 +811,16 @@ class Admission:
         if not agents:
             return
         dispensable = self._dispensable(book, now)
+        victims: list[Place] | None = None
         self._spare_some(book, now)
         if book.claim is not None and now < self.due_at(book.claim):
             self._unclaim(book.claim)  # the promise has grown meanwhile
         for ticket in agents.due(now - self.promise_s):
             if not self._may_go(ticket, book, now):
                 continue
-            if self._make_room(book, ticket.ask, dispensable, True, now):
+            if victims is None:
+                victims = dispensable + self._going_round(book, dispensable, now)
+            if self._make_room(book, ticket.ask, victims, now):
                 self._release(ticket, book, now)
                 continue
             if ticket.claim is None and book.claim is None:
@@ -831,7 +842,7 @@ class Admission:
                 continue
             if book.additional_tokens(ticket.ask) > most_tokens:
                 continue
-            if self._make_room(book, ticket.ask, dispensable, False, now):
+            if self._make_room(book, ticket.ask, dispensable, now):
                 self._release(ticket, book, now)
                 most_tokens = self._most_tokens(book, dispensable)
                 if agents.least_tokens > most_tokens:
@@ -839,14 +850,12 @@ class Admission:
                 looked_at = 0
 
     @staticmethod
-    def _most_tokens(book: Book, dispensable: list[tuple[float, Place]]) -> float:
+    def _most_tokens(book: Book, dispensable: list[Place]) -> float:
         """The largest turn that could have room now, idle places given up for it."""
         if not book.places:
             return inf
         spare_tokens = sum(
-            book.freed_tokens(place)
-            for rate, place in dispensable
-            if rate < inf and book.places.get(place.sid) is place
+            book.freed_tokens(place) for place in dispensable if book.places.get(place.sid) is place
         )
         return max(0.0, book.room_tokens + spare_tokens)
 
@@ -909,11 +918,12 @@ class Admission:
             self.promise_s += rise_s * min(1.0, since_s / FAIR_FALLS_S)
 
     def _stint_s(self) -> float:
-        """How long a session keeps its place while a due turn waits for one: so that places go
-        round once within the promise."""
+        """How long a session keeps a place that goes round while a due turn waits for one: so that
+        these places go round once within the promise."""
         waiting = len(self._queues["agent"]) - self._spared
+        going_round = sum(book.going_round for book in self.books.values())
         low_s, high_s = STINT_RANGE_S
-        return min(max(self.promise_s * self._agents / max(1, waiting), low_s), high_s)
+        return min(max(self.promise_s * max(1, going_round) / max(1, waiting), low_s), high_s)
 
     def _spare_some(self, book: Book, now: float) -> None:
         """Of the turns that are due from now on, let those wait on that are among the largest
@@ -941,43 +951,52 @@ class Admission:
         ticket.spared = True
         ticket.due_from += SPARED_S
 
-    def _dispensable(self, book: Book, now: float) -> list[tuple[float, Place]]:
-        """Idle places by the reuse rate of waiting for them, the least worth first. Those worth
-        keeping only for a due turn, with `inf` as their rate, the youngest session's first: so that
-        the eldest come to their end."""
+    def _dispensable(self, book: Book, now: float) -> list[Place]:
+        """Idle places not worth keeping while turns are held, the least worth first."""
         least = 1 / book.horizon_s
-        stint_s = self._stint_s()
-        found = []
-        for place in book.places.values():
-            if place.running:
-                continue
-            rate = place.reuse_rate(now)
-            if rate < least:
-                found.append((rate, -place.ask.began_at, place.sid, place))
-            elif now - place.since >= stint_s:
-                found.append((inf, -place.ask.began_at, place.sid, place))
+        found = [
+            (rate, -place.ask.began_at, place.sid, place)
+            for place in book.places.values()
+            if not place.running and (rate := place.reuse_rate(now)) < least
+        ]
         found.sort()
-        return [(rate, place) for rate, _, _, place in found]
+        return [place for _, _, _, place in found]
 
-    def _make_room(
-        self,
-        book: Book,
-        ask: Ask,
-        dispensable: list[tuple[float, Place]],
-        due: bool,
-        now: float,
-    ) -> bool:
-        """Make the turn fit by giving up idle places; none is given up in vain."""
+    def _going_round(self, book: Book, dispensable: list[Place], now: float) -> list[Place]:
+        """Idle places besides those that give way to a due turn: their stint is over, and they are
+        not among the largest. The youngest session's first, so that the eldest come to their
+        end."""
+        by_size = sorted(book.places.values(), key=lambda place: (-place.tokens, place.sid))
+        keeping = 0
+        if book.claim is None or now < self.due_at(book.claim) + LATE_S:
+            room_tokens = (1 - ROUND_SHARE) * book.budget_tokens
+            for place in by_size[:-1]:
+                room_tokens -= place.tokens
+                if room_tokens < 0:
+                    break
+                keeping += 1
+        book.going_round = len(by_size) - keeping
+        stint_s = self._stint_s()
+        found = [
+            (-place.ask.began_at, place.sid, place)
+            for place in by_size[keeping:]
+            if not place.running and now - place.since >= stint_s and place not in dispensable
+        ]
+        found.sort()
+        return [place for _, _, place in found]
+
+    def _make_room(self, book: Book, ask: Ask, dispensable: list[Place], now: float) -> bool:
+        """Make the turn fit by giving up idle places in their order; none is given up in vain."""
         if book.fits(ask):
             return True
         if ask.lane == "aside":
             return False
         needed = book.additional_tokens(ask) - book.room_tokens
         victims = []
-        for rate, place in dispensable:
+        for place in dispensable:
             if needed <= 0:
                 break
-            if book.places.get(place.sid) is not place or (rate == inf and not due):
+            if book.places.get(place.sid) is not place:
                 continue
             victims.append(place)
             needed -= book.freed_tokens(place)

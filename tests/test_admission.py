@@ -17,6 +17,7 @@ from gateway.admission import (
     ASIDE_SHARE,
     FAIR_S,
     FREE_SHARE,
+    LATE_S,
     SPARED_OF,
     SPARED_S,
     STINT_RANGE_S,
@@ -527,20 +528,48 @@ def test_the_promise_follows_a_falling_load_slowly() -> None:
 
 
 def test_a_place_goes_to_a_due_turn_after_a_stint_the_youngest_sessions_first() -> None:
-    """Both are back soon, and worth keeping."""
+    """All are back soon, and worth keeping; the large one takes no part."""
     gateway = Gateway()
-    elder = gateway.arrive(replace(ask("elder"), began_at=-20), 0)
-    younger = gateway.arrive(replace(ask("younger"), began_at=-10), 0)
-    waiting = gateway.arrive(ask("waiting"), 0)
+    asks = [ask("large", 50_000), ask("elder", 15_000), ask("younger", 15_000)]
+    places = [
+        gateway.arrive(replace(each, began_at=-10.0 * age), 0)
+        for each, age in zip(asks, (1, 3, 2), strict=True)
+    ]
+    waiting = gateway.arrive(ask("waiting", 15_000), 0)
     stint_s = 2 * gateway.when_due(waiting)  # for two places, and one turn that waits
     assert STINT_RANGE_S[0] < stint_s < STINT_RANGE_S[1]
-    for ticket in (elder, younger):
-        gateway.admission.end(ticket, stint_s - 1, ended(soon_s=3.0))
+    for ticket in places:
+        gateway.admission.end(ticket, stint_s - 1, ended(ticket.ask.tokens, soon_s=3.0))
     assert gateway.released == []
     gateway.admission.tick(stint_s + 1)
     assert gateway.released == [waiting]
-    assert gateway.admission.place_of("elder") is not None
     assert gateway.admission.place_of("younger") is None
+    for sid in ("large", "elder"):
+        assert gateway.admission.place_of(sid) is not None
+
+
+def test_the_largest_contexts_keep_their_places_until_a_turn_is_late() -> None:
+    gateway = Gateway()
+    large = gateway.arrive(ask("large", 60_000), 0)
+    gateway.arrive(ask("small", 20_000), 0)  # runs all the time
+    waiting = gateway.arrive(ask("waiting", 20_000), 0)
+    due_at = gateway.when_due(waiting)
+    late_at = due_at + LATE_S
+    gateway.admission.end(large, late_at - 2, ended(60_000, soon_s=3.0))
+    gateway.admission.tick(late_at - 1)
+    assert gateway.released == []
+    gateway.admission.tick(late_at + 1)
+    assert gateway.released == [waiting]
+    assert gateway.admission.place_of("large") is None
+
+
+def test_a_context_alone_on_its_pod_gives_way_to_a_due_turn() -> None:
+    gateway = Gateway()
+    alone = gateway.arrive(ask("alone", 60_000), 0)
+    waiting = gateway.arrive(ask("waiting", 60_000), 0)
+    due_at = gateway.when_due(waiting)
+    gateway.admission.end(alone, due_at + 1, ended(60_000, soon_s=3.0))
+    assert gateway.released == [waiting]
 
 
 def crowd(gateway: Gateway, sessions: int) -> list[Ticket]:
