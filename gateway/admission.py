@@ -19,8 +19,9 @@ A held turn is promised a place (`Admission.promise_s`). Once that is due some p
 session that has had its for a stint gives way, the youngest session first, and stints are as long
 as the promise allows. Each round costs the recomputation of two contexts, and attention makes a
 context of twice the size more than twice as costly. So most of the budget does not go round: the
-largest contexts keep their places, unless a turn is late, and come to their end at full speed; and
-of the turns that are due a few of the largest are spared, and wait for what the others leave.
+largest contexts keep their places, unless a turn has waited twice its promise, and come to their
+end at full speed; and of the turns that are due a few of the largest are spared, and wait for what
+the others leave.
 
 Driving it. `Admission` is synchronous and knows no clock; an asynchronous caller does this:
 
@@ -96,8 +97,6 @@ STINT_RANGE_S: Final = (30.0, 600.0)
 """So long a session keeps a place that goes round, from turn to turn, while a due turn waits."""
 ROUND_SHARE: Final = 0.2
 """Of the budget, what goes round, one place at least; the largest contexts keep theirs."""
-LATE_S: Final = 200.0
-"""Once a turn has been due for so long, all places go round."""
 NEW_S: Final = 1.0
 """A session that began longer ago is not new any more."""
 FIRST_TRY_S: Final = 10.0
@@ -964,11 +963,11 @@ class Admission:
 
     def _going_round(self, book: Book, dispensable: list[Place], now: float) -> list[Place]:
         """Idle places besides those that give way to a due turn: their stint is over, and they are
-        not among the largest. The youngest session's first, so that the eldest come to their
-        end."""
+        not among the largest, unless the turn is late. The youngest session's first, so that the
+        eldest come to their end."""
         by_size = sorted(book.places.values(), key=lambda place: (-place.tokens, place.sid))
         keeping = 0
-        if book.claim is None or now < self.due_at(book.claim) + LATE_S:
+        if book.claim is None or now < self.due_at(book.claim) + self.promise_s:
             room_tokens = (1 - ROUND_SHARE) * book.budget_tokens
             for place in by_size[:-1]:
                 room_tokens -= place.tokens

@@ -17,7 +17,6 @@ from gateway.admission import (
     ASIDE_SHARE,
     FAIR_S,
     FREE_SHARE,
-    LATE_S,
     SPARED_OF,
     SPARED_S,
     STINT_RANGE_S,
@@ -530,22 +529,22 @@ def test_the_promise_follows_a_falling_load_slowly() -> None:
 def test_a_place_goes_to_a_due_turn_after_a_stint_the_youngest_sessions_first() -> None:
     """All are back soon, and worth keeping; the large one takes no part."""
     gateway = Gateway()
-    asks = [ask("large", 50_000), ask("elder", 15_000), ask("younger", 15_000)]
+    asks = [ask("large", 57_500), *(ask(sid, 7_500) for sid in ("eldest", "elder", "younger"))]
     places = [
         gateway.arrive(replace(each, began_at=-10.0 * age), 0)
-        for each, age in zip(asks, (1, 3, 2), strict=True)
+        for each, age in zip(asks, (1, 4, 3, 2), strict=True)
     ]
-    waiting = gateway.arrive(ask("waiting", 15_000), 0)
-    stint_s = 2 * gateway.when_due(waiting)  # for two places, and one turn that waits
+    waiting = [gateway.arrive(ask(f"waiting-{i}", 7_500), 0) for i in range(2)]
+    due_at = gateway.when_due(waiting[0])
+    stint_s = 3 / 2 * due_at  # for three places, and two turns that wait
     assert STINT_RANGE_S[0] < stint_s < STINT_RANGE_S[1]
     for ticket in places:
         gateway.admission.end(ticket, stint_s - 1, ended(ticket.ask.tokens, soon_s=3.0))
     assert gateway.released == []
     gateway.admission.tick(stint_s + 1)
-    assert gateway.released == [waiting]
-    assert gateway.admission.place_of("younger") is None
-    for sid in ("large", "elder"):
-        assert gateway.admission.place_of(sid) is not None
+    assert gateway.released == waiting
+    for sid, stays in zip(("large", "eldest", "elder", "younger"), (1, 1, 0, 0), strict=True):
+        assert (gateway.admission.place_of(sid) is not None) == bool(stays)
 
 
 def test_the_largest_contexts_keep_their_places_until_a_turn_is_late() -> None:
@@ -554,7 +553,7 @@ def test_the_largest_contexts_keep_their_places_until_a_turn_is_late() -> None:
     gateway.arrive(ask("small", 20_000), 0)  # runs all the time
     waiting = gateway.arrive(ask("waiting", 20_000), 0)
     due_at = gateway.when_due(waiting)
-    late_at = due_at + LATE_S
+    late_at = due_at + gateway.admission.promise_s
     gateway.admission.end(large, late_at - 2, ended(60_000, soon_s=3.0))
     gateway.admission.tick(late_at - 1)
     assert gateway.released == []
