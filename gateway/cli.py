@@ -10,20 +10,19 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, TypeAlias, cast
+from typing import Annotated, Any, Final, NoReturn, TypeAlias
 
 import typer
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import gateway
 from engine_patch.command import launch_line
 from gateway import access, config, connect
-from gateway.abort import ABORT
 from gateway.analyze_command import analyze
 from gateway.config import ConfigError, Settings, Source
 from gateway.forecast_commands import app as forecast_app
 from gateway.logs import logging_to
+from gateway.protocol import Protocol
 from gateway.trace_commands import app as trace_app
 
 #: Longer than clients and load balancers keep an idle connection, so that the gateway never closes
@@ -265,19 +264,6 @@ def listen(settings: Settings) -> socket.socket:
     )
 
 
-class _Protocol(HttpToolsProtocol):
-    """A WebSocket upgrade is answered by the app as plain HTTP (426) and is no cause for a warning:
-    Codex tries one at the start of every session."""
-
-    def _unsupported_upgrade_warning(self) -> None:
-        pass
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        scope = cast("dict[str, Any]", self.scope)
-        scope["extensions"] = {ABORT: self.transport.abort}
-
-
 class _Server(uvicorn.Server):
     """Tells the gateway first that it shuts down: held turns would keep it from doing so."""
 
@@ -294,7 +280,7 @@ def server(settings: Settings, asgi_app: Any) -> uvicorn.Server:
         uvicorn.Config(
             asgi_app,
             loop="uvloop",
-            http=_Protocol,
+            http=Protocol,
             ws="none",
             lifespan="on",
             log_config=None,

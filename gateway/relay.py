@@ -277,7 +277,7 @@ class Answer:
             if observe is not None:
                 observe(chunk)  # which only keeps it
             return
-        readany = self._response.content.readany
+        content = self._response.content
         event_stream = self.event_stream
         held = b""
         try:
@@ -288,8 +288,10 @@ class Answer:
                         ready, held = whole_events(held + chunk)
                     else:
                         ready = chunk
-                    if ready:
-                        await send({"type": "http.response.body", "body": ready, "more_body": True})
+                    last = not held and content.at_eof()
+                    if ready or last:
+                        body = {"type": "http.response.body", "body": ready, "more_body": not last}
+                        await send(body)
                     if observe is not None:
                         try:
                             observe(chunk)
@@ -298,7 +300,9 @@ class Answer:
                             if unobserved is not None:
                                 unobserved()
                     patience.steps += 1
-                    chunk = await readany()
+                    if last:
+                        return
+                    chunk = await content.readany()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})

@@ -1,0 +1,60 @@
+"""The server's side of a client's connection: uvicorn's, with two things changed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.abort import ABORT
+
+_HEAD: Final = b"HTTP/1.1 "
+
+
+class Protocol(HttpToolsProtocol):
+    """A WebSocket upgrade is answered by the app as plain HTTP (426) and is no cause for a warning:
+    Codex tries one at the start of every session."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(cast("asyncio.Transport", HeadJoined(transport, self.loop)))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        pass
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope = cast("dict[str, Any]", self.scope)
+        scope["extensions"] = {ABORT: self.transport.abort}
+
+
+class HeadJoined:
+    """A transport that sends an answer's head with the first of its body if that comes at once:
+    uvicorn writes each by itself, and a write to a socket costs as much as all of routing."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._write = transport.write
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._head, data = b"", self._head + data
+        elif data.startswith(_HEAD):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._write(data)
+
+    def _flush(self) -> None:
+        if self._head and not self._transport.is_closing():
+            head, self._head = self._head, b""
+            self._write(head)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
