@@ -87,8 +87,8 @@ ASIDE_SHARE: Final = 0.1
 SHED: Final = 1.0
 """Of the capacity: beyond it, while turns are held, the places least worth keeping are given up, as
 sessions that grew would evict one another's KV."""
-FAIR_S: Final = 5.0
-"""A turn's fair share of waiting, for each session that competes for the pod."""
+FAIR_S: Final = 6.0
+"""A turn's fair share of waiting, for each turn of an agent that waits for the pod."""
 FAIR_FALLS_S: Final = 2000.0
 """In so long the promise follows a load that falls."""
 FAIR_RISES: Final = 2.0
@@ -903,13 +903,13 @@ class Admission:
         return missing_tokens / pod.rate.tokens_per_s < there_s
 
     def _promise(self, since_s: float) -> None:
-        """A turn's fair share of waiting grows with the sessions that compete, as it does on a pod
-        that computes each session anew for every turn; ``since_s`` have passed."""
+        """A turn's fair share of waiting grows with those that wait, as it does on a pod that
+        computes each of them anew for every turn; ``since_s`` have passed."""
         books = [book for book in self.books.values() if book.pod.ready]
         if not books:
             return
-        elsewhere = len(self.lent) + max(book.others.held for book in books)
-        promise_s = FAIR_S * (self._competing + elsewhere) / len(books) + self.age_bound_s
+        waiting = len(self._queues["agent"]) + max(book.others.held for book in books)
+        promise_s = FAIR_S * waiting / len(books) + self.age_bound_s
         rise_s = promise_s - self.promise_s
         if rise_s > 0:
             self.promise_s += min(rise_s, FAIR_RISES * since_s)
