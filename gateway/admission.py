@@ -965,7 +965,8 @@ class Admission:
         """Idle places besides those that give way to a due turn: their stint is over, and they are
         not among the largest, unless the turn is late. The youngest session's first, so that the
         eldest come to their end."""
-        by_size = sorted(book.places.values(), key=lambda place: (-place.tokens, place.sid))
+        agents = (place for place in book.places.values() if place.ask.lane == "agent")
+        by_size = sorted(agents, key=lambda place: (-place.tokens, place.sid))
         keeping = 0
         if book.claim is None or now < self.due_at(book.claim) + self.promise_s:
             room_tokens = (1 - ROUND_SHARE) * book.budget_tokens
