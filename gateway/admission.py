@@ -810,16 +810,16 @@ class Admission:
         if not agents:
             return
         dispensable = self._dispensable(book, now)
-        victims: list[Place] | None = None
+        for_due: list[Place] | None = None
         self._spare_some(book, now)
         if book.claim is not None and now < self.due_at(book.claim):
             self._unclaim(book.claim)  # the promise has grown meanwhile
         for ticket in agents.due(now - self.promise_s):
             if not self._may_go(ticket, book, now):
                 continue
-            if victims is None:
-                victims = dispensable + self._going_round(book, dispensable, now)
-            if self._make_room(book, ticket.ask, victims, now):
+            if for_due is None:  # each place once, where it comes first
+                for_due = list(dict.fromkeys(dispensable + self._going_round(book, now)))
+            if self._make_room(book, ticket.ask, for_due, now):
                 self._release(ticket, book, now)
                 continue
             if ticket.claim is None and book.claim is None:
@@ -953,18 +953,16 @@ class Admission:
     def _dispensable(self, book: Book, now: float) -> list[Place]:
         """Idle places not worth keeping while turns are held, the least worth first."""
         least = 1 / book.horizon_s
-        found = [
-            (rate, -place.ask.began_at, place.sid, place)
-            for place in book.places.values()
-            if not place.running and (rate := place.reuse_rate(now)) < least
-        ]
-        found.sort()
-        return [place for _, _, _, place in found]
+        idle = (place for place in book.places.values() if not place.running)
+        return sorted(
+            (place for place in idle if place.reuse_rate(now) < least),
+            key=lambda place: (place.reuse_rate(now), -place.ask.began_at, place.sid),
+        )
 
-    def _going_round(self, book: Book, dispensable: list[Place], now: float) -> list[Place]:
-        """Idle places besides those that give way to a due turn: their stint is over, and they are
-        not among the largest, unless the turn is late. The youngest session's first, so that the
-        eldest come to their end."""
+    def _going_round(self, book: Book, now: float) -> list[Place]:
+        """Idle places that give way to a due turn: their stint is over, and they are not among the
+        largest, unless the turn is late. The youngest session's first, so that the eldest come to
+        their end."""
         agents = (place for place in book.places.values() if place.ask.lane == "agent")
         by_size = sorted(agents, key=lambda place: (-place.tokens, place.sid))
         keeping = 0
@@ -977,15 +975,14 @@ class Admission:
                 keeping += 1
         book.going_round = len(by_size) - keeping
         stint_s = self._stint_s()
-        found = [
-            (-place.ask.began_at, place.sid, place)
+        over = (
+            place
             for place in by_size[keeping:]
-            if not place.running and now - place.since >= stint_s and place not in dispensable
-        ]
-        found.sort()
-        return [place for _, _, place in found]
+            if not place.running and now - place.since >= stint_s
+        )
+        return sorted(over, key=lambda place: (-place.ask.began_at, place.sid))
 
-    def _make_room(self, book: Book, ask: Ask, dispensable: list[Place], now: float) -> bool:
+    def _make_room(self, book: Book, ask: Ask, idle: list[Place], now: float) -> bool:
         """Make the turn fit by giving up idle places in their order; none is given up in vain."""
         if book.fits(ask):
             return True
@@ -993,7 +990,7 @@ class Admission:
             return False
         needed = book.additional_tokens(ask) - book.room_tokens
         victims = []
-        for place in dispensable:
+        for place in idle:
             if needed <= 0:
                 break
             if book.places.get(place.sid) is not place:

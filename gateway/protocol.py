@@ -1,4 +1,4 @@
-"""The server's side of a client's connection: uvicorn's, with two things changed."""
+"""The server's side of a client's connection: uvicorn's, as the gateway needs it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ _HEAD: Final = b"HTTP/1.1 "
 
 
 class Protocol(HttpToolsProtocol):
-    """A WebSocket upgrade is answered by the app as plain HTTP (426) and is no cause for a warning:
-    Codex tries one at the start of every session."""
+    """uvicorn's protocol. A WebSocket upgrade is answered by the app as plain HTTP (426) and is no
+    cause for a warning: Codex tries one at the start of every session. The app may abort the
+    connection (`gateway.abort`), and heads are written with their bodies."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", HeadJoined(transport, self.loop)))

@@ -289,7 +289,7 @@ class Answer:
                     else:
                         ready = chunk
                     last = not held and content.at_eof()
-                    if ready or last:
+                    if ready:
                         body = {"type": "http.response.body", "body": ready, "more_body": not last}
                         await send(body)
                     if observe is not None:

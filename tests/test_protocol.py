@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import httpx
@@ -84,13 +85,12 @@ async def test_answers_of_every_kind_arrive_whole() -> None:
         body = b"body" if path == "/at-once" else b""
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    config = uvicorn.Config(app, port=0, http=Protocol, ws="none", lifespan="off", log_config=None)
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="off", log_config=None)
     server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 - uvicorn sets a flag
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
         for path, body in (("/at-once", b"body"), ("/late", b"body"), ("/none", b"")) * 3:
             answer = await client.get(path)
             assert (answer.status_code, answer.content) == (204 if path == "/none" else 200, body)
