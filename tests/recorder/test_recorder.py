@@ -504,11 +504,15 @@ def secret_calls(secret: Secrets) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wire", ["chat", "messages"])
-async def test_no_eight_characters_of_a_secret_reach_the_disk(tmp_path: Path, wire: str) -> None:
+def raw(directory: Path) -> bytes:
+    """The bytes of all files in a directory, and their names."""
+    return b"".join(path.name.encode() + path.read_bytes() for path in directory.iterdir())
+
+
+async def leaked(directory: Path, wire: str) -> set[str]:
+    """All eight characters of a secret that a recording of the same secrets has in it."""
     secret = Secrets()
     keys = {"acme": secret("lower", 40), secret("lower", 20): secret("lower", 40)}
-    directory = tmp_path / "recordings"
     access = {"api_keys": keys, "admin_token": secret()}
     turns = 0
     async with recording(directory, access=access) as gateway:
@@ -544,16 +548,21 @@ async def test_no_eight_characters_of_a_secret_reach_the_disk(tmp_path: Path, wi
             turns += 1
         await written(gateway, turns)
     plain = texts(directory)
-    files = b"".join(path.read_bytes() for path in directory.iterdir())
-    names = "".join(path.name for path in directory.iterdir()).encode()
-    everything = (plain + files + names).lower()
     assert plain.count(b'"type":"turn"') == turns
     assert len(secret.all) > 150
-    found = {
+    assert b"curl" in plain, "what is made to be kept is"
+    everything = (plain + raw(directory)).lower()
+    return {
         text[i : i + 8]
         for text in secret.all
         for i in range(len(text) - 7)
         if text[i : i + 8].lower().encode() in everything
     }
-    assert found == set()
-    assert b"curl" in plain, "what is made to be kept is"
+
+
+@pytest.mark.parametrize("wire", ["chat", "messages"])
+async def test_no_eight_characters_of_a_secret_reach_the_disk(tmp_path: Path, wire: str) -> None:
+    """Eight digits of a salted hash are a secret's by chance once in a thousand recordings;
+    what leaks does so under every salt.
+    """
+    assert await leaked(tmp_path / "one", wire) & await leaked(tmp_path / "two", wire) == set()
