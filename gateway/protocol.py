@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Final, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from gateway.abort import ABORT
+from gateway.connection import ABORT, WRITE
 
 _HEAD: Final = b"HTTP/1.1 "
 
@@ -15,7 +16,7 @@ _HEAD: Final = b"HTTP/1.1 "
 class Protocol(HttpToolsProtocol):
     """uvicorn's protocol. A WebSocket upgrade is answered by the app as plain HTTP (426) and is no
     cause for a warning: Codex tries one at the start of every session. The app may abort the
-    connection (`gateway.abort`), and heads are written with their bodies."""
+    connection and write to it (`gateway.connection`), and heads are written with their bodies."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", HeadJoined(transport, self.loop)))
@@ -27,6 +28,20 @@ class Protocol(HttpToolsProtocol):
         super().on_message_begin()
         scope = cast("dict[str, Any]", self.scope)
         scope["extensions"] = {ABORT: self.transport.abort}
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        scope = cast("dict[str, Any]", self.scope)
+        scope["extensions"][WRITE] = partial(self._write_piece, self.cycle)
+
+    def _write_piece(self, cycle: RequestResponseCycle, body: bytes) -> bool:
+        """What `RequestResponseCycle.send` does with a piece of a chunked answer, at once."""
+        if not cycle.response_started or not cycle.chunked_encoding or cycle.response_complete:
+            return False
+        if self.flow.write_paused or cycle.disconnected:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
 
 class HeadJoined:

@@ -24,6 +24,7 @@ from gateway.access import Tenant
 from gateway.admission import Ask, Ended, GapForecast, QueueFull, Ticket
 from gateway.ask import ask_for, priority_of
 from gateway.conductor import Run
+from gateway.connection import writer
 from gateway.dialects import Dialect, MalformedRequestError, parse, without_hints
 from gateway.dialects.turn import Observer, TurnOutcome, TurnRequest
 from gateway.errors import GatewayError, pods_error, shutting_down, stream_error
@@ -435,7 +436,8 @@ class TurnFlow:
         if b"x-cachewise-route" in self.headers and self.decision is not None:
             extra.append((b"x-cachewise-route", orjson.dumps(self.decision.explain())))
         begun, self.responding = self.responding, True
-        await answer.pass_on(self.send, extra, self._observing(), self._unobserved, begun)
+        observe, write = self._observing(), writer(self.scope)
+        await answer.pass_on(self.send, extra, observe, self._unobserved, begun, write)
         self.outcome = "ok" if answer.status < 400 else "pod_error"
 
     def _observing(self) -> Callable[[bytes], None] | None:

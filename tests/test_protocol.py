@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
+from gateway.connection import writer
 from gateway.protocol import HeadJoined, Protocol
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -32,6 +35,17 @@ class Written(asyncio.Transport):
 
     def close(self) -> None:
         self.closed = True
+
+
+@asynccontextmanager
+async def serving(app: Any) -> AsyncIterator[str]:
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listening]))
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    await running
 
 
 async def test_a_head_and_a_body_that_come_together_are_one_write() -> None:
@@ -85,16 +99,48 @@ async def test_answers_of_every_kind_arrive_whole() -> None:
         body = b"body" if path == "/at-once" else b""
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    listening = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="off", log_config=None)
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         for path, body in (("/at-once", b"body"), ("/late", b"body"), ("/none", b"")) * 3:
             answer = await client.get(path)
             assert (answer.status_code, answer.content) == (204 if path == "/none" else 200, body)
         assert (await client.head("/at-once")).content == b""
         assert (await client.get("/at-once", headers={"connection": "close"})).content == b"body"
-    server.should_exit = True
-    await serving
+
+
+async def test_pieces_are_written_at_once_where_an_answer_that_has_begun_can_take_them() -> None:
+    wrote: list[bool] = []
+    refused = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        write = writer(scope)
+        wrote.append(write(b"too early"))
+        headers = [(b"content-length", b"4")] if scope["path"] == "/whole" else []
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if scope["path"] == "/whole":
+            wrote.append(write(b"of no known length"))
+            await send({"type": "http.response.body", "body": b"body", "more_body": False})
+        elif scope["path"] == "/slow":
+            wrote.append(all(write(b"x" * 65_536) for _ in range(1000)))
+            refused.set()
+            await send({"type": "http.response.body", "body": b"end", "more_body": False})
+        else:
+            wrote.append(write(b"one, "))
+            await send({"type": "http.response.body", "body": b"two, ", "more_body": True})
+            wrote.append(write(b"three"))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        wrote.append(write(b"too late"))
+
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        assert (await client.get("/stream")).content == b"one, two, three"
+        assert wrote == [False, True, True, False]
+        wrote.clear()
+        assert (await client.get("/whole")).content == b"body"
+        assert wrote == [False, False, False]
+        async with client.stream("GET", "/slow") as answer:
+            await refused.wait()  # for nobody reads
+            assert (await answer.aread()).lstrip(b"x") == b"end"
+        assert wrote[-2:] == [False, False]
+
+
+async def test_another_server_offers_no_writing() -> None:
+    assert writer({"type": "http"})(b"piece") is False

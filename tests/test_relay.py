@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gateway.dialects import MalformedRequestError, read_model, splice_model
-from gateway.relay import Patience, whole_events
+from gateway.relay import Answer, Patience, whole_events
 from tests.served import (
     EVENTS,
     PATHS,
@@ -193,6 +193,30 @@ async def test_a_chunk_reaches_the_client_before_the_next_one_exists(wire: str) 
         assert first == EVENTS[wire]
         go_on.set()
         assert await response.read() == EVENTS[wire]
+
+
+async def test_pieces_of_a_stream_pass_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        for _ in range(50):
+            exchange.chunk(EVENTS["chat"])
+            await asyncio.sleep(0.001)
+        exchange.end_stream()
+
+    sent: list[dict[str, Any]] = []
+    pass_on = Answer.pass_on
+
+    async def watched(self: Answer, send: Any, *rest: Any) -> None:
+        async def seen(message: dict[str, Any]) -> None:
+            sent.append(message)
+            await send(message)
+
+        await pass_on(self, seen, *rest)
+
+    monkeypatch.setattr(Answer, "pass_on", watched)
+    async with Pod(answer) as pod, gateway_over(pod) as gateway:
+        assert (await gateway.post("chat")).data == EVENTS["chat"] * 50
+    assert 2 <= len(sent) <= 5, "the head, the first piece, the end"
 
 
 async def test_a_slow_client_is_waited_for_and_slows_the_pod() -> None:

@@ -19,8 +19,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import __version__, connect
-from gateway.abort import abort
 from gateway.api import admin_only, error_response, json_response
+from gateway.connection import abort
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
 from gateway.inspector.feed import MAX_ROWS, MAX_WATCHERS, Feed, TooManyWatchers, Watcher
