@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from typing import Any, Final, cast
+from weakref import ref
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -32,16 +33,19 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         scope = cast("dict[str, Any]", self.scope)
-        scope["extensions"][WRITE] = partial(self._write_piece, self.cycle)
+        scope["extensions"][WRITE] = partial(_write, ref(self.cycle))
 
-    def _write_piece(self, cycle: RequestResponseCycle, body: bytes) -> bool:
-        """What `RequestResponseCycle.send` does with a piece of a chunked answer, at once."""
-        if not cycle.response_started or not cycle.chunked_encoding or cycle.response_complete:
-            return False
-        if self.flow.write_paused or cycle.disconnected:
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-        return True
+
+def _write(of: ref[RequestResponseCycle], piece: bytes) -> bool:
+    """What `RequestResponseCycle.send` does with a piece of a chunked answer, at once. The cycle
+    has the scope, which has this."""
+    cycle = of()
+    if cycle is None or not cycle.response_started or cycle.response_complete:
+        return False
+    if not piece or not cycle.chunked_encoding or cycle.flow.write_paused or cycle.disconnected:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+    return True
 
 
 class HeadJoined:

@@ -302,15 +302,14 @@ class Answer:
                         unobserved()
 
         def passes(chunk: bytes) -> bool:
-            if event_stream and not chunk.endswith(b"\n\n"):
-                return False
-            if not write(chunk):
+            if not chunk.endswith((b"\n\n", b"\r\n\r\n")) or not write(chunk):
                 return False
             show(chunk)
             patience.steps += 2
             return True
 
-        self._splice = splice = Splice.of(self._response, passes)
+        if event_stream:
+            self._splice = Splice.of(self._response, passes)
         try:
             with Patience(self._pod, self._idle_timeout_s, self._fell_silent) as patience:
                 while chunk:
@@ -327,10 +326,10 @@ class Answer:
                     patience.steps += 1
                     if last:
                         return
-                    if splice is None or held:
+                    if self._splice is None or held:
                         chunk = await content.readany()
                     else:
-                        chunk = await splice.next()
+                        chunk = await self._splice.next()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise BrokenOffError(type(error).__name__) from error
         await send({"type": "http.response.body", "body": held, "more_body": False})
@@ -343,6 +342,7 @@ class Answer:
     def close(self) -> None:
         """Give the connection back if the answer was read to its end, else cut it: the pod then
         aborts the request."""
+        self._splice = None  # which refers to what refers to this
         if self._lost is not None:
             self._lost.remove_done_callback(self._connection_lost)
         if self._response.content.is_eof() and self._response.content.at_eof():

@@ -47,40 +47,37 @@ class Splice(asyncio.Protocol):
         try:
             return await self._next
         finally:
-            self._leave()
+            self._next = None
+            if not self._transport.is_closing():
+                self._transport.set_protocol(self._inner)
 
     def look(self) -> None:
         """Something came, ended or broke."""
-        if self._next is None or self._next.done():
+        waiting = self._next
+        if waiting is None or waiting.done():
             return
         try:
             piece, held = self._read()
-            if not held:
-                return
         except Exception as error:
-            self._next.set_exception(error)
+            waiting.set_exception(error)
         else:
-            self._next.set_result(piece)
-        self._leave()  # now: after the end the connection may be given to another request
+            if held:
+                waiting.set_result(piece)
 
     def _read(self) -> tuple[bytes, bool]:
-        """What has come, and whether it is for `next` to return."""
-        piece = self._content.read_nowait()
-        return piece, self._content.at_eof() or (piece != b"" and not self._passes(piece))
-
-    def _leave(self) -> None:
-        if self._next is not None:
-            self._next = None
-            self._transport.set_protocol(self._inner)
+        """What has come and did not pass, and whether it is for `next` to return."""
+        content = self._content
+        while piece := content.read_nowait():  # which may let aiohttp read on, and bring more
+            if content.at_eof() or not self._passes(piece):
+                return piece, True
+        return piece, content.at_eof()
 
     def data_received(self, data: bytes) -> None:
         self._inner.data_received(data)
         self.look()
 
     def eof_received(self) -> bool | None:
-        stays_open = self._inner.eof_received()
-        self.look()
-        return stays_open
+        return self._inner.eof_received()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._inner.connection_lost(error)

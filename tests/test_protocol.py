@@ -142,5 +142,24 @@ async def test_pieces_are_written_at_once_where_an_answer_that_has_begun_can_tak
         assert wrote[-2:] == [False, False]
 
 
+async def test_a_piece_belongs_to_its_own_request_of_several_on_a_connection() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        write = writer(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first, ", "more_body": True})
+        await asyncio.sleep(0.02)
+        assert write(scope["path"].encode())
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async with serving(app) as url:
+        reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        client.write(b"".join(b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % i for i in range(3)))
+        for i in range(3):
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+            body = b"7\r\nfirst, \r\n2\r\n/%d\r\n0\r\n\r\n" % i
+            assert await reader.readexactly(len(body)) == body
+        client.close()
+
+
 async def test_another_server_offers_no_writing() -> None:
     assert writer({"type": "http"})(b"piece") is False

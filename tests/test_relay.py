@@ -1,8 +1,10 @@
 """The data plane: bytes both ways, each chunk at once, and pods that fail in every way."""
 
 import asyncio
+import gc
 import json
 import socket
+import time
 from typing import Any
 
 import aiohttp
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from gateway.dialects import MalformedRequestError, read_model, splice_model
 from gateway.relay import Answer, Patience, whole_events
+from gateway.splice import Splice
+from gateway.turns import TurnFlow
 from tests.served import (
     EVENTS,
     PATHS,
@@ -258,6 +262,67 @@ async def test_a_slow_client_is_waited_for_and_slows_the_pod() -> None:
         assert b"error" not in data
         writer.close()
         await until(gateway.settled)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 2.0])
+async def test_what_came_while_a_client_did_not_read_is_not_left_behind(pause_s: float) -> None:
+    """aiohttp stops reading there, and goes on while what it has is read."""
+    event = b"data: " + b"x" * 992 + b"\n\n"
+    gateway: Running
+
+    async def answer(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        (connection,) = (c for c in gateway.server.connections if not c.cycle.response_complete)
+        while not connection.flow.write_paused:
+            for _ in range(20):
+                exchange.chunk(event)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.2)
+        for _ in range(600):
+            exchange.chunk(event)
+        paused.set()
+        await asyncio.sleep(pause_s)
+        exchange.end_stream()
+
+    paused = asyncio.Event()
+    async with Pod(answer) as pod, gateway_over(pod) as gateway:
+        body = body_of("chat", stream=True)
+        async with gateway.client.post(gateway.url + PATHS["chat"], json=body) as response:
+            await paused.wait()
+            await asyncio.sleep(0.2)
+            data = b""
+            began_at = time.monotonic()
+            async with asyncio.timeout(pause_s + 3):
+                async for piece in response.content.iter_any():
+                    data += piece
+                    at = time.monotonic()
+        assert set(data.split(b"\n\n")) == {event[:-2], b""}
+        assert at - began_at < 1.2, "all of it came before the pod went on"
+
+
+async def test_a_turn_that_is_over_leaves_no_garbage_for_the_collector() -> None:
+    """Collections are rare; what waits for one keeps its request's body."""
+
+    async def answer(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        for _ in range(4):
+            exchange.chunk(EVENTS["chat"])
+            await asyncio.sleep(0.001)
+        exchange.end_stream()
+
+    async with Pod(answer) as pod, gateway_over(pod) as gateway:
+        await gateway.post("chat")
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                await gateway.post("chat")
+            await until(gateway.settled)
+            kinds = (Answer, Splice, TurnFlow, aiohttp.ClientResponse)
+            left = [type(thing) for thing in gc.get_objects() if isinstance(thing, kinds)]
+        finally:
+            gc.enable()
+        assert left == []
 
 
 # -- the client leaves ---------------------------------------------------------------------------
@@ -513,17 +578,19 @@ def _break_framing(exchange: Exchange) -> None:
     exchange.write(b"zz\r\nnot a chunk\r\n")
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("torn", [b"", b"data: {", b"event: x\nda", b"data: {}\n"])
 @pytest.mark.parametrize("fault", [_die, _close, _break_framing])
 @pytest.mark.parametrize("wire", WIRES)
 async def test_a_pod_that_dies_mid_stream_ends_it_with_the_dialects_error_event(
-    wire: str, fault: Any, torn: bytes
+    wire: str, fault: Any, torn: bytes, apart: bool
 ) -> None:
     async def dying(exchange: Exchange) -> None:
         exchange.begin_stream()
-        exchange.chunk(EVENTS[wire] + torn)
-        await exchange.writer.drain()
-        await asyncio.sleep(0.02)
+        for piece in (EVENTS[wire], EVENTS[wire], torn) if apart else (2 * EVENTS[wire] + torn,):
+            if piece:
+                exchange.chunk(piece)
+            await asyncio.sleep(0.02)
         fault(exchange)
 
     with logged() as log:
@@ -532,9 +599,9 @@ async def test_a_pod_that_dies_mid_stream_ends_it_with_the_dialects_error_event(
             reply = await gateway.post(wire, body_of(wire, stream=True))
             gateway.gateway.fleet.pods["pod-1"].in_flight = 0
             assert reply.status == 200
-            assert reply.data.startswith(EVENTS[wire])
+            assert reply.data.startswith(2 * EVENTS[wire])
             assert "pod" in stream_error_of(wire, reply.data)
-            assert len(events_of(reply.data)) == (2 if wire == "messages" else 3)
+            assert len(events_of(reply.data)) == (3 if wire == "messages" else 4)
             assert not other.turns
             assert gateway.settled()
     assert log.errors == []
@@ -624,11 +691,14 @@ async def test_no_first_byte_in_time_is_a_504_and_no_second_try(wire: str, strea
         assert gateway.settled()
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 3])
 @pytest.mark.parametrize("wire", WIRES)
-async def test_silence_within_a_stream_ends_it_with_the_error_event(wire: str) -> None:
+async def test_silence_within_a_stream_ends_it_with_the_error_event(wire: str, pieces: int) -> None:
     async def stalls(exchange: Exchange) -> None:
         exchange.begin_stream()
-        exchange.chunk(EVENTS[wire])
+        for _ in range(pieces):
+            exchange.chunk(EVENTS[wire])
+            await asyncio.sleep(0.02)
         await exchange.gone.wait()
 
     async with (
@@ -701,6 +771,18 @@ async def test_a_stream_slower_than_the_first_byte_timeout_but_never_idle_is_lef
         gateway_over(pod, relay={"idle_timeout_s": 5, "first_byte_timeout_s": 0.3}) as gateway,
     ):
         assert (await gateway.post("chat")).data == EVENTS["chat"] * 8
+
+
+async def test_a_stream_longer_than_several_idle_timeouts_is_left_alone() -> None:
+    async def steady(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        for _ in range(30):
+            exchange.chunk(EVENTS["chat"])
+            await asyncio.sleep(0.05)
+        exchange.end_stream()
+
+    async with Pod(steady) as pod, gateway_over(pod, relay={"idle_timeout_s": 0.4}) as gateway:
+        assert (await gateway.post("chat")).data == EVENTS["chat"] * 30
 
 
 # -- headers -------------------------------------------------------------------------------------
