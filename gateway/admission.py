@@ -87,7 +87,7 @@ ASIDE_SHARE: Final = 0.1
 SHED: Final = 1.0
 """Of the capacity: beyond it, while turns are held, the places least worth keeping are given up, as
 sessions that grew would evict one another's KV."""
-FAIR_S: Final = 6.0
+FAIR_S: Final = 6.5
 """A turn's fair share of waiting, for each turn of an agent that waits for the pod."""
 FAIR_FALLS_S: Final = 2000.0
 """In so long the promise follows a load that falls."""
@@ -101,8 +101,9 @@ NEW_S: Final = 1.0
 """A session that began longer ago is not new any more."""
 FIRST_TRY_S: Final = 10.0
 """A turn that arrived longer ago has been held before."""
-SPARED_OF: Final = 5
-"""Of so many sessions that compete one may be made to wait, once, for what the others leave."""
+SPARED_OF: Final = 5.5
+"""Of so many sessions that compete one may be made to wait, once, for what the others leave: with
+25 turns a session, 7 of 1,000 turns, which leaves the longest answers room in the hundredth."""
 SPARED_S: Final = 3600.0
 """So much later such a turn is due."""
 HORIZON_RANGE_S: Final = (5.0, 600.0)
@@ -466,7 +467,7 @@ class Admission:
         """A turn is due once it was held for so long."""
         self._agents = 0
         """Agents' places."""
-        self._newcomers = 0
+        self._newcomers = 0.0
         """Sessions that began while they competed, of which none was spared yet."""
         self._spared = 0
         """Turns held that are."""
@@ -933,7 +934,7 @@ class Admission:
             ticket = self._not_due.popleft()
             if ticket in agents:
                 due.append(ticket)
-        may_wait = self._newcomers // SPARED_OF
+        may_wait = int(self._newcomers / SPARED_OF)
         if not due or not may_wait or len(agents) < SPARED_OF:
             return
         waiting = (ticket.missing_tokens for ticket in agents if not ticket.spared)

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from math import ceil
 
 import pytest
 from hypothesis import settings
@@ -581,7 +582,7 @@ def crowd(gateway: Gateway, sessions: int) -> list[Ticket]:
 
 def test_of_several_sessions_the_largest_waits_once_for_what_the_others_leave() -> None:
     gateway = Gateway()
-    held = crowd(gateway, 2 * SPARED_OF)
+    held = crowd(gateway, round(2 * SPARED_OF))
     due_at = gateway.when_due(held[0])
     assert [ticket for ticket in held if ticket.spared] == held[-2:]
     assert gateway.admission.due_at(held[-1]) == due_at + SPARED_S
@@ -595,7 +596,7 @@ def test_of_several_sessions_the_largest_waits_once_for_what_the_others_leave() 
 def test_who_was_spared_is_not_the_next_time() -> None:
     """Nor is a turn that was sent away and comes again, though others began meanwhile."""
     gateway = Gateway()
-    held = crowd(gateway, SPARED_OF + 2)
+    held = crowd(gateway, ceil(SPARED_OF) + 2)
     due_at = gateway.when_due(held[0])
     assert [ticket.spared for ticket in held] == [False] * (len(held) - 1) + [True]
     for ticket in held:
@@ -604,7 +605,7 @@ def test_who_was_spared_is_not_the_next_time() -> None:
         gateway.arrive(replace(ticket.ask, arrived_at=ticket.arrived_at), due_at + 20)
         for ticket in held
     ]
-    for i in range(SPARED_OF):
+    for i in range(ceil(SPARED_OF)):
         new = replace(ask(f"new{i}", 1_000), began_at=due_at + 20)
         gateway.arrive(new, due_at + 20)
     gateway.admission.tick(due_at + 500)
