@@ -197,7 +197,8 @@ async def test_a_client_that_leaves_ends_its_request_on_the_pod(pod: VllmPod) ->
         httpx.AsyncClient(base_url=pod.url, trust_env=False, timeout=60) as client,
         client.stream("POST", "/v1/chat/completions", json=body) as response,
     ):
-        async for line in response.aiter_lines():
+        lines = response.aiter_lines()  # kept: once it is collected, httpx closes the connection
+        async for line in lines:
             if line.startswith("data:"):
                 break
         await runs(pod, 1)
