@@ -25,15 +25,11 @@ class Protocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         pass
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        scope = cast("dict[str, Any]", self.scope)
-        scope["extensions"] = {ABORT: self.transport.abort}
-
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         scope = cast("dict[str, Any]", self.scope)
-        scope["extensions"][WRITE] = partial(_write, ref(self.cycle))
+        write = partial(_write, ref(self.cycle))
+        scope["extensions"] = {ABORT: self.transport.abort, WRITE: write}
 
 
 def _write(of: ref[RequestResponseCycle], piece: bytes) -> bool:

@@ -61,6 +61,7 @@ NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
 MAX_WHOLE_BYTES = 8 * 1024 * 1024
 """An answer that is no event stream and not longer than this reaches the client whole or not at
 all; a longer one is passed on as it comes."""
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 MAX_HELD_BYTES = 256 * 1024
 """Bytes of an unfinished event that are held back at the most."""
 
@@ -302,7 +303,7 @@ class Answer:
                         unobserved()
 
         def passes(chunk: bytes) -> bool:
-            if not chunk.endswith((b"\n\n", b"\r\n\r\n")) or not write(chunk):
+            if not chunk.endswith(EVENT_ENDS) or not write(chunk):
                 return False
             show(chunk)
             patience.steps += 2
@@ -314,7 +315,7 @@ class Answer:
             with Patience(self._pod, self._idle_timeout_s, self._fell_silent) as patience:
                 while chunk:
                     patience.steps += 1
-                    if event_stream and (held or not chunk.endswith(b"\n\n")):
+                    if event_stream and (held or not chunk.endswith(EVENT_ENDS)):
                         ready, held = whole_events(held + chunk)
                     else:
                         ready = chunk

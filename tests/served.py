@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +103,19 @@ class Exchange:
 
 
 Answer = Callable[[Exchange], Awaitable[None]]
+
+
+def paced(pieces: Sequence[bytes], pause_s: float = 0.001) -> Answer:
+    """Streams the pieces, each so long before the next."""
+
+    async def answer(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        for piece in pieces:
+            exchange.chunk(piece)
+            await asyncio.sleep(pause_s)
+        exchange.end_stream()
+
+    return answer
 
 
 async def well(exchange: Exchange) -> None:

@@ -27,6 +27,7 @@ from tests.served import (
     events_of,
     gateway_over,
     logged,
+    paced,
     stream_error_of,
     until,
 )
@@ -200,13 +201,6 @@ async def test_a_chunk_reaches_the_client_before_the_next_one_exists(wire: str) 
 
 
 async def test_pieces_of_a_stream_pass_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(exchange: Exchange) -> None:
-        exchange.begin_stream()
-        for _ in range(50):
-            exchange.chunk(EVENTS["chat"])
-            await asyncio.sleep(0.001)
-        exchange.end_stream()
-
     sent: list[dict[str, Any]] = []
     pass_on = Answer.pass_on
 
@@ -218,7 +212,7 @@ async def test_pieces_of_a_stream_pass_without_a_task(monkeypatch: pytest.Monkey
         await pass_on(self, seen, *rest)
 
     monkeypatch.setattr(Answer, "pass_on", watched)
-    async with Pod(answer) as pod, gateway_over(pod) as gateway:
+    async with Pod(paced([EVENTS["chat"]] * 50)) as pod, gateway_over(pod) as gateway:
         assert (await gateway.post("chat")).data == EVENTS["chat"] * 50
     assert 2 <= len(sent) <= 5, "the head, the first piece, the end"
 
@@ -303,14 +297,7 @@ async def test_what_came_while_a_client_did_not_read_is_not_left_behind(pause_s:
 async def test_a_turn_that_is_over_leaves_no_garbage_for_the_collector() -> None:
     """Collections are rare; what waits for one keeps its request's body."""
 
-    async def answer(exchange: Exchange) -> None:
-        exchange.begin_stream()
-        for _ in range(4):
-            exchange.chunk(EVENTS["chat"])
-            await asyncio.sleep(0.001)
-        exchange.end_stream()
-
-    async with Pod(answer) as pod, gateway_over(pod) as gateway:
+    async with Pod(paced([EVENTS["chat"]] * 4)) as pod, gateway_over(pod) as gateway:
         await gateway.post("chat")
         gc.collect()
         gc.disable()
@@ -759,29 +746,18 @@ async def test_a_turn_waiting_on_a_pod_no_longer_ready_goes_to_another(
 
 
 async def test_a_stream_slower_than_the_first_byte_timeout_but_never_idle_is_left_alone() -> None:
-    async def steady(exchange: Exchange) -> None:
-        exchange.begin_stream()
-        for _ in range(8):
-            exchange.chunk(EVENTS["chat"])
-            await asyncio.sleep(0.1)
-        exchange.end_stream()
-
     async with (
-        Pod(steady) as pod,
+        Pod(paced([EVENTS["chat"]] * 8, 0.1)) as pod,
         gateway_over(pod, relay={"idle_timeout_s": 5, "first_byte_timeout_s": 0.3}) as gateway,
     ):
         assert (await gateway.post("chat")).data == EVENTS["chat"] * 8
 
 
 async def test_a_stream_longer_than_several_idle_timeouts_is_left_alone() -> None:
-    async def steady(exchange: Exchange) -> None:
-        exchange.begin_stream()
-        for _ in range(30):
-            exchange.chunk(EVENTS["chat"])
-            await asyncio.sleep(0.05)
-        exchange.end_stream()
-
-    async with Pod(steady) as pod, gateway_over(pod, relay={"idle_timeout_s": 0.4}) as gateway:
+    async with (
+        Pod(paced([EVENTS["chat"]] * 30, 0.05)) as pod,
+        gateway_over(pod, relay={"idle_timeout_s": 0.4}) as gateway,
+    ):
         assert (await gateway.post("chat")).data == EVENTS["chat"] * 30
 
 

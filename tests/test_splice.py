@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.splice import Splice
-from tests.served import Exchange, Pod
+from tests.served import Exchange, Pod, paced
 
 
 @asynccontextmanager
@@ -50,13 +50,6 @@ def counted(
     refused=st.sets(st.integers(0, 30)),
 )
 def test_pieces_pass_or_are_returned_in_their_order(pieces: list[bytes], refused: set[int]) -> None:
-    async def answer(exchange: Exchange) -> None:
-        exchange.begin_stream()
-        for piece in pieces:
-            exchange.chunk(piece)
-            await asyncio.sleep(0.001)
-        exchange.end_stream()
-
     async def read(response: aiohttp.ClientResponse) -> bytes:
         got: list[bytes] = []
         offered = 0
@@ -79,7 +72,7 @@ def test_pieces_pass_or_are_returned_in_their_order(pieces: list[bytes], refused
         return b"".join(got)
 
     async def run() -> None:
-        pod = Pod(answer)
+        pod = Pod(paced(pieces))
         async with asking(pod) as client:
             for _ in range(2):
                 assert await read(await client.post("/")) == b"".join(pieces)
@@ -89,20 +82,13 @@ def test_pieces_pass_or_are_returned_in_their_order(pieces: list[bytes], refused
 
 
 async def test_pieces_that_pass_wake_no_task() -> None:
-    async def answer(exchange: Exchange) -> None:
-        exchange.begin_stream()
-        for _ in range(50):
-            exchange.chunk(b"piece")
-            await asyncio.sleep(0.001)
-        exchange.end_stream()
-
     got: list[bytes] = []
 
     def passes(piece: bytes) -> bool:
         got.append(piece)
         return True
 
-    async with asking(Pod(answer)) as client:
+    async with asking(Pod(paced([b"piece"] * 50))) as client:
         splice = Splice.of(await client.post("/"), passes)
         assert splice is not None
         waits: list[object] = []
