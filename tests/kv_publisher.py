@@ -11,7 +11,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tests.ports import free_port
+from tests.ports import HIGH, LOW
 
 END = (-1).to_bytes(8, "big", signed=True)
 BLOCK_TOKENS = 16
@@ -47,6 +47,15 @@ def removed(*blocks: int | bytes, **more: Any) -> dict[str, Any]:
 
 
 CLEARED = {"type": "AllBlocksCleared"}
+_HOST = "127.0.0.1"
+
+
+def _bound(socket: zmq.asyncio.Socket, port: int | None) -> int:
+    """Bind to this port, or to one that is free; which it is."""
+    if port is None:
+        return int(socket.bind_to_random_port(f"tcp://{_HOST}", LOW, HIGH))
+    socket.bind(f"tcp://{_HOST}:{port}")
+    return port
 
 
 class Publisher:
@@ -60,29 +69,45 @@ class Publisher:
         replays: bool = True,
         buffer_steps: int = 10_000,
     ) -> None:
-        self.port = port or free_port()
-        self.replay_port = (replay_port or free_port()) if replays else None
+        self._port = port
+        self._replay_port = replay_port
+        self._replays = replays
         self.buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
         self.next = 0
         self.asked: list[int] = []
         """From where replays were asked for."""
 
     @property
+    def port(self) -> int:
+        """The messages'. Like `replay_port`, known once the publisher has been entered, and the
+        same ever after."""
+        assert self._port is not None
+        return self._port
+
+    @property
+    def replay_port(self) -> int | None:
+        return self._replay_port
+
+    @property
     def endpoint(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
+        return f"tcp://{_HOST}:{self.port}"
 
     @property
     def replay_endpoint(self) -> str | None:
-        return f"tcp://127.0.0.1:{self.replay_port}" if self.replay_port else None
+        return f"tcp://{_HOST}:{self._replay_port}" if self._replay_port else None
 
     async def __aenter__(self) -> Publisher:
         self._context = zmq.asyncio.Context()
-        self.bind()
         self._replaying: asyncio.Task[None] | None = None
-        if self.replay_port is not None:
-            self._router = self._context.socket(zmq.ROUTER)
-            self._router.bind(self.replay_endpoint)
-            self._replaying = asyncio.create_task(self._replay())
+        try:
+            self.bind()
+            if self._replays:
+                self._router = self._context.socket(zmq.ROUTER)
+                self._replay_port = _bound(self._router, self._replay_port)
+                self._replaying = asyncio.create_task(self._replay())
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         return self
 
     async def __aexit__(
@@ -102,7 +127,7 @@ class Publisher:
         """Open the socket of the messages: an XPUB, a PUB that also tells who subscribes."""
         self._pub = self._context.socket(zmq.XPUB)
         self._pub.set_hwm(100_000)
-        self._pub.bind(self.endpoint)
+        self._port = _bound(self._pub, self._port)
 
     def unbind(self) -> None:
         """Break the connections off."""
