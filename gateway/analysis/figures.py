@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.analysis.capacity import PODS
+from gateway.analysis.published import PUBLISHED, own
 from gateway.analysis.reuse import Reuse, reuse
 from gateway.analysis.timeline import LIVE_S, Timeline, timeline
 from gateway.traces.load import Trace
@@ -37,7 +38,7 @@ def figures(
     without wall-clock times are laid into `slots` seats (`gateway.analysis.timeline`)."""
     sessions = [session for session in trace.sessions if session.turns]
     line = timeline(sessions, slots)
-    return {
+    found = {
         "schema": SCHEMA,
         "input": _input(trace, sessions),
         "sessions": _sessions(sessions),
@@ -48,6 +49,7 @@ def figures(
         "working_set": _working_set(sessions, line),
         "cache": _cache(reuse(sessions, line.sent, step)),
     }
+    return found | {"beside": _beside(found)}
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float] | None:
@@ -177,9 +179,12 @@ def _tools(sessions: list[Session]) -> Figures:
     ]
     calls = sum(len(t.calls) for s in sessions for t in s.turns)
     asking = [len(t.calls) for s in sessions for t in s.turns if t.calls]
+    turns = sum(len(s.turns) for s in sessions)
     return {
         "calls": calls,
         "timed_calls": len(timed),
+        "calls_per_turn": _share(calls, turns) if calls else None,
+        "duration_s": quantiles(duration_s for _, duration_s in timed),
         "failed_share": _share(sum(call.failed for call, _ in timed), len(timed)),
         "calls_per_asking_turn": quantiles(asking),
         "by_kind": _groups(timed, lambda call: call.kind),
@@ -356,5 +361,16 @@ def _cache(found: Reuse) -> Figures:
                 "hit_rate": _share(needed - lost, whole),
             }
             for size in sizes
+        ],
+    }
+
+
+def _beside(found: Figures) -> Figures:
+    """Some of the figures, and the same of other traces."""
+    return {
+        "here": own(found),
+        "published": [
+            {"trace": trace.name, "what": trace.what, "figures": trace.figures}
+            for trace in PUBLISHED
         ],
     }

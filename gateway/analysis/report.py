@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from gateway.analysis.figures import MOST_GROUPS, Figures
+from gateway.analysis.published import ROWS
 from gateway.analysis.words import count, seconds, share
 
 _SPREAD: Final = ("p10", "p50", "p90", "p99")
@@ -37,6 +38,7 @@ def sections(figures: Figures) -> list[Section]:
         _prefix(figures),
         _working_set(figures),
         _cache(figures),
+        _beside(figures),
         _input(figures),
     ]
     return [part for part in parts if part is not None]
@@ -216,6 +218,18 @@ def _cache(figures: Figures) -> Section:
         for row in told["lru"]
     ])  # fmt: skip
     return Section("What LRU throws away", words, [table], ["lru"])
+
+
+def _beside(figures: Figures) -> Section:
+    here, others = figures["beside"]["here"], figures["beside"]["published"]
+    table = Table(["", "here", *(other["trace"] for other in others)], [
+        [row.title, *(row.show(of.get(name))
+                      for of in (here, *(other["figures"] for other in others)))]
+        for name, row in ROWS.items()
+    ])  # fmt: skip
+    words = ["What others found of coding agents' sessions:"]
+    words += [f"{other['trace']}: {other['what']}." for other in others]
+    return Section("Beside published traces", words, [table])
 
 
 def _input(figures: Figures) -> Section:

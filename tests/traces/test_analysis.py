@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from bench.replay.sample import SAMPLE
 from gateway.analysis import capacity
 from gateway.analysis.figures import figures, quantiles, survival
+from gateway.analysis.published import KV_CACHE_TESTER, PUBLISHED, ROWS, TRANSCRIPTS, own
 from gateway.analysis.report import markdown
 from gateway.analysis.reuse import reuse
 from gateway.analysis.timeline import Sent, timeline
@@ -151,6 +152,35 @@ def test_the_working_set_is_what_live_sessions_need() -> None:
     assert told["sessions_at_once"]["max"] == 2
 
 
+def test_a_trace_stands_beside_published_ones() -> None:
+    assert all(other.figures.keys() <= ROWS.keys() for other in PUBLISHED)
+    turns = [
+        Turn(0.0, 1000, 10, cached_tokens=500, idle_kind="tool",
+             calls=(Call("shell", "Bash", duration_s=2.0), Call("read", "Read", duration_s=4.0))),
+        Turn(5.0, 2000, 20, cached_tokens=1000, gap_s=3.0, idle_kind="human"),
+        Turn(90.0, 3000, 30, cached_tokens=2500, gap_s=80.0),
+    ]  # fmt: skip
+    told = figures(Trace([Session("s", turns)]))
+    assert told["beside"]["here"] == own(told) == {
+        "turns_per_session": 3,
+        "prompt_tokens_mean": 2000,
+        "output_tokens_mean": 20,
+        "prompt_to_output": 100,
+        "cached_share": 0.6667,
+        "tool_triggered_share": 0.5,
+        "tool_wait_s_p50": 3.0,
+        "tool_wait_s_p90": 3.0,
+        "human_wait_s_p50": 80.0,
+        "human_wait_s_p90": 80.0,
+        "tool_calls_per_turn": 0.6667,
+        "tool_call_s_p50": 3.0,
+        "tool_call_s_p90": 3.8,
+    }  # fmt: skip
+    assert "| wait for a person, p50 | 80 s | 2.74 min | 2.03 min | 84 s |" in markdown(told)
+    less = figures(Trace([Session("s", [Turn(0.0, 64, 1)])]))
+    assert "| wait for a person, p50 | – | 2.74 min | 2.03 min | 84 s |" in markdown(less)
+
+
 runner = CliRunner()
 
 
@@ -257,3 +287,12 @@ def test_hundreds_of_real_sessions_are_analysed_in_a_minute_and_a_gigabyte(tmp_p
     assert [prompts[q] for q in ("p10", "p50", "p90")] == pytest.approx(
         [43_000, 101_000, 205_000], rel=0.02
     )
+    assert own(told) == KV_CACHE_TESTER.figures, "as the report says of them"
+
+
+@NEEDS_SHARED
+def test_public_transcripts_are_as_the_report_says() -> None:
+    told = figures(
+        load([SHARED.parent / f"tool-{what}-dev.jsonl.gz" for what in ("turns", "calls")])
+    )
+    assert own(told) == TRANSCRIPTS.figures
