@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
@@ -34,28 +34,35 @@ class Salted:
     """Names that cannot be traced back without the salt; equal names become equal."""
 
     def __init__(self, salt: bytes) -> None:
-        self._keyed = blake2b(key=salt, digest_size=8)
-        self._block = self._of_kind(b"block")
-        self.scope = self.name("scope", "")
+        def keyed(kind: str) -> blake2b:
+            return blake2b(kind.encode() + b"\0", key=salt, digest_size=8)
+
+        self._session = keyed("session")
+        self._tenant = keyed("tenant")
+        self._block = keyed("block")
+        self.scope = keyed("scope").hexdigest()
         """Of all blocks."""
-        self.tenant = lru_cache(maxsize=1024)(partial(self.name, "tenant"))
+        self.tenant = lru_cache(maxsize=1024)(self._name_of_tenant)
 
-    def _of_kind(self, kind: bytes) -> blake2b:
-        keyed = self._keyed.copy()
-        keyed.update(kind + b"\0")
-        return keyed
-
-    def name(self, kind: str, value: str) -> str:
+    def session(self, sid: str) -> str:
         """16 hexadecimal digits."""
-        keyed = self._of_kind(kind.encode())
-        keyed.update(value.encode(errors="surrogatepass"))
-        return keyed.hexdigest()
+        return _digits(self._session, sid)
+
+    def _name_of_tenant(self, scope: int) -> str:
+        """16 hexadecimal digits, of `gateway.sessions.Session.scope`."""
+        return _digits(self._tenant, f"{scope:x}")
 
     def block(self, link: int) -> int:
         """The first block's id, of 61 bits, of a segment with this link of its prefix chain."""
         keyed = self._block.copy()
         keyed.update(link.to_bytes(8, "big"))
         return int.from_bytes(keyed.digest(), "big") >> 3
+
+
+def _digits(keyed: blake2b, value: str) -> str:
+    keyed = keyed.copy()
+    keyed.update(value.encode(errors="surrogatepass"))
+    return keyed.hexdigest()
 
 
 @lru_cache(maxsize=1024)

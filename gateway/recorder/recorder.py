@@ -37,7 +37,7 @@ from gateway.traces.cachewise import (
     ForecastRecord,
     SessionRecord,
     TurnRecord,
-    encode,
+    lines,
 )
 from gateway.waits import Fixed
 
@@ -192,9 +192,9 @@ class Recorder:
                 self._prompts.clear()
                 self._file = File(self.directory, now)
             assert self._salted is not None
-            lines = self._all_lines(notes, self._salted)
-            left = len(lines)
-            written = self._file.flush(b"".join(lines))
+            told = self._all_lines(notes, self._salted)
+            left = len(told)
+            written = self._file.flush(b"".join(told))
         except OSError as error:
             self._file = None
             self._lost("disk", left)
@@ -207,7 +207,7 @@ class Recorder:
             self._lost("fault", left)
             logger.exception("turns could not be recorded")
             return
-        self._metrics.recorded_turns.inc(len(lines))
+        self._metrics.recorded_turns.inc(left)
         self._metrics.recorded_bytes.inc(written)
         if self._retry_at is not None:
             self._retry_at = None
@@ -216,15 +216,15 @@ class Recorder:
 
     def _all_lines(self, notes: list[Note], salted: Salted) -> list[bytes]:
         """The turns' lines, without those of which none can be made."""
-        lines: list[bytes] = []
+        told: list[bytes] = []
         for note in notes:
             try:
-                lines.append(self._lines(note, salted))
+                told.append(self._lines(note, salted))
             except Exception:
                 self._prompts.forget(note.turn.session.sid)
                 self._lost("fault", 1)
                 logger.exception("a turn could not be recorded")
-        return lines
+        return told
 
     def _turn_over(self, now: float, last: bool) -> None:
         """Close the file if it is full or the last."""
@@ -253,17 +253,17 @@ class Recorder:
 
     def _lines(self, note: Note, salted: Salted) -> bytes:
         """A turn's line, behind its session's if the file does not have it."""
-        turn = note.turn
-        sid = turn.session.sid
-        head = b""
+        prefix = note.turn.prefix
+        sid = note.turn.session.sid
+        head = None
         told = self._prompts.of(sid)
         if told is None:
-            told = self._prompts.begin(sid, salted.name("session", sid))
-            head = encode(self._session(note, told.name, salted)) + b"\n"
+            told = self._prompts.begin(sid, salted.session(sid))
+            head = self._session(note, told.name, salted)
         n = told.n
-        prefix = turn.prefix
         shared, fresh = self._prompts.share(sid, told, prefix.chain, prefix.end_bytes, salted)
-        return head + encode(_record(note, told.name, n, shared, fresh)) + b"\n"
+        record = _record(note, told.name, n, shared, fresh)
+        return lines((record,) if head is None else (head, record))
 
     def _session(self, note: Note, name: str, salted: Salted) -> SessionRecord:
         session, ends = note.turn.session, note.turn.prefix.end_bytes
@@ -275,19 +275,17 @@ class Recorder:
             name,
             started_at=round(session.created_at + self._wall_s, 3),
             client=session.client,
-            tenant=salted.tenant(f"{session.scope:x}"),
-            parent=_salted(salted, session.parent),
-            forked_from=_salted(salted, session.forked_from),
+            tenant=salted.tenant(session.scope),
+            parent=None if session.parent is None else salted.session(session.parent),
+            forked_from=(
+                None if session.forked_from is None else salted.session(session.forked_from)
+            ),
             agent_type=session.request_class if aside else "",
             scope=salted.scope,
             block_bytes=BLOCK_BYTES,
             tool_tokens=round(tools * rate),
             system_tokens=round((system - tools) * rate),
         )
-
-
-def _salted(salted: Salted, sid: str | None) -> str | None:
-    return None if sid is None else salted.name("session", sid)
 
 
 # -- what is kept of a turn ----------------------------------------------------------------------

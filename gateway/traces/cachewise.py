@@ -168,7 +168,8 @@ class TurnRecord(msgspec.Struct, tag_field="type", tag="turn", omit_defaults=Tru
 
 
 Record: TypeAlias = SessionRecord | TurnRecord
-encode = msgspec.json.Encoder().encode
+lines = msgspec.json.Encoder().encode_lines
+"""Records as lines of a file."""
 
 
 def is_record(record: dict[str, Any]) -> bool:
@@ -401,26 +402,22 @@ def _put_in_order(session: Session) -> None:
 def dump(sessions: Iterable[Session]) -> Iterator[bytes]:
     """The sessions, a line each and one a turn. All of a `Session` is kept."""
     for session in sessions:
-        yield (
-            encode(
-                SessionRecord(
-                    SCHEMA,
-                    session.id,
-                    started_at=session.started_at,
-                    start_s=session.start_s,
-                    client=session.client,
-                    parent=session.parent,
-                    agent_type=session.agent_type,
-                    scope=session.scope,
-                    block_tokens=session.block_tokens,
-                    tool_tokens=session.tool_tokens,
-                    system_tokens=session.system_tokens,
-                )
-            )
-            + b"\n"
+        head = SessionRecord(
+            SCHEMA,
+            session.id,
+            started_at=session.started_at,
+            start_s=session.start_s,
+            client=session.client,
+            parent=session.parent,
+            agent_type=session.agent_type,
+            scope=session.scope,
+            block_tokens=session.block_tokens,
+            tool_tokens=session.tool_tokens,
+            system_tokens=session.system_tokens,
         )
+        yield lines((head,))
         for n, turn in enumerate(session.turns):
-            yield encode(_record(session.id, n, turn)) + b"\n"
+            yield lines((_record(session.id, n, turn),))
 
 
 def _record(session: str, n: int, turn: Turn) -> TurnRecord:

@@ -56,7 +56,7 @@ async def test_the_bound_holds_and_what_is_left_are_the_latest_turns(
     trace = load([tmp_path])
     assert trace.problems.count == 0
     assert 0 < len(trace.sessions) < turns
-    latest = Salted((tmp_path / "salt").read_bytes()).name("session", f"s{turns - 1}")
+    latest = Salted((tmp_path / "salt").read_bytes()).session(f"s{turns - 1}")
     assert trace.sessions[-1].id == latest
 
 
@@ -105,7 +105,7 @@ def test_files_are_for_their_owner_alone_and_so_is_the_salt(tmp_path: Path) -> N
 
 def test_names_differ_between_directories(tmp_path: Path) -> None:
     salts = [Salted(Directory(tmp_path / name, MIB).salt()) for name in "ab"]
-    assert len({salted.name("session", "s") for salted in salts}) == 2
+    assert len({salted.session("s") for salted in salts}) == 2
     assert len({salted.block(7) for salted in salts}) == 2
     assert len({salts[0].name(kind, "s") for kind in ("session", "tenant")}) == 2
 
