@@ -107,7 +107,8 @@ def test_names_differ_between_directories(tmp_path: Path) -> None:
     salts = [Salted(Directory(tmp_path / name, MIB).salt()) for name in "ab"]
     assert len({salted.session("s") for salted in salts}) == 2
     assert len({salted.block(7) for salted in salts}) == 2
-    assert len({salts[0].name(kind, "s") for kind in ("session", "tenant")}) == 2
+    assert len({salted.tenant(5) for salted in salts}) == 2
+    assert salts[0].session("5") != salts[0].tenant(5)
 
 
 def test_a_damaged_salt_is_not_replaced(tmp_path: Path) -> None:
