@@ -179,11 +179,11 @@ def _tools(sessions: list[Session]) -> Figures:
     ]
     calls = sum(len(t.calls) for s in sessions for t in s.turns)
     asking = [len(t.calls) for s in sessions for t in s.turns if t.calls]
-    turns = sum(len(s.turns) for s in sessions)
+    telling = [s for s in sessions if any(t.calls for t in s.turns)]
     return {
         "calls": calls,
         "timed_calls": len(timed),
-        "calls_per_turn": _share(calls, turns) if calls else None,
+        "calls_per_turn": _share(calls, sum(len(s.turns) for s in telling)),
         "duration_s": quantiles(duration_s for _, duration_s in timed),
         "failed_share": _share(sum(call.failed for call, _ in timed), len(timed)),
         "calls_per_asking_turn": quantiles(asking),

@@ -115,8 +115,10 @@ def _prefix_breaks(ax: Axes, figures: Figures) -> bool:
 def _working_set(ax: Axes, figures: Figures) -> bool:
     told = figures["working_set"]
     points = told["over_time"]
+    last_s = points[-1][0] if points else 0.0
+    unit_s = next((unit for unit in (86_400, 3600, 60) if last_s > 2 * unit), 1)
     ax.fill_between(
-        [t for t, _ in points], [n for _, n in points], color=COLOURS[0], alpha=0.35, lw=0
+        [t / unit_s for t, _ in points], [n for _, n in points], color=COLOURS[0], alpha=0.35, lw=0
     )
     top = max((n for _, n in points), default=0.0)
     shown = {
@@ -126,7 +128,7 @@ def _working_set(ax: Axes, figures: Figures) -> bool:
         ax.axhline(tokens, color=colour, lw=1, label=f"{name} ({count(tokens)})")
     ax.set(xlabel="time", ylabel="KV of live sessions, tokens", ylim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    _axis(ax.xaxis, seconds)
+    _axis(ax.xaxis, lambda at: seconds(at * unit_s) if at else "0")
     _axis(ax.yaxis, count)
     if shown:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
