@@ -163,3 +163,23 @@ async def test_a_piece_belongs_to_its_own_request_of_several_on_a_connection() -
 
 async def test_another_server_offers_no_writing() -> None:
     assert writer({"type": "http"})(b"piece") is False
+
+
+async def test_a_client_that_has_gone_takes_no_piece() -> None:
+    wrote: list[bool] = []
+    tried = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        write = writer(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        wrote.append(write(b"piece"))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        wrote.append(write(b"for nobody"))
+        tried.set()
+
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        async with client.stream("GET", "/") as answer:
+            assert await anext(answer.aiter_raw()) == b"piece"
+        await tried.wait()
+        assert wrote == [True, False]

@@ -145,3 +145,47 @@ async def test_the_connection_has_its_protocol_back_after(cause: type[BaseExcept
         assert transport.get_protocol() is inner
         splice.look()  # nobody waits any more
         response.close()
+
+
+async def test_a_request_still_under_way_goes_on_as_fast_as_the_pod_reads() -> None:
+    piece, pieces = bytes(1 << 20), 64
+    spliced, reads = asyncio.Event(), asyncio.Event()
+    sent = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+        await reads.wait()
+        left = pieces * len(piece)
+        while left:
+            left -= len(await reader.read(left))
+        writer.write(b"4\r\nlast\r\n0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(pieces):
+            yield piece
+            await spliced.wait()
+            sent += 1
+
+    pod = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = pod.sockets[0].getsockname()[1]
+    headers = {"content-length": str(pieces * len(piece))}
+    got: list[bytes] = []
+    async with pod, aiohttp.ClientSession() as client:
+        response = await client.post(f"http://127.0.0.1:{port}/", data=body(), headers=headers)
+        assert await response.content.readany() == b"first"
+        splice = Splice.of(response, lambda _: False)
+        assert splice is not None
+        waiting = asyncio.create_task(splice.next())
+        await asyncio.sleep(0)
+        spliced.set()
+        await asyncio.sleep(0.2)
+        assert sent < pieces, "a pod that does not read fills no memory here"
+        reads.set()
+        async with asyncio.timeout(10):
+            got.append(await waiting)
+    assert sent == pieces
+    assert got == [b"last"]
