@@ -41,8 +41,8 @@ def analyze(
     """Show what recorded sessions look like, and what a prefix cache makes of them.
 
     Reads the gateway's own recordings, transcripts of Claude Code (~/.claude/projects) and Codex
-    (~/.codex/sessions), kv-cache-tester sessions, Mooncake traces and turn records
-    (docs/traces.md). Without --html, --json and --markdown the report is printed.
+    (~/.codex/sessions), kv-cache-tester sessions, TraceLab rounds, Mooncake traces and turn
+    records (docs/traces.md). Without --html, --json and --markdown the report is printed.
     """
     # numpy and what needs it: the other commands do without.
     from gateway.analysis import report

@@ -163,7 +163,7 @@ def _prefix(figures: Figures) -> Section:
         f"{told['breaks']:,} of {told['later_turns']:,} later turns ({share(told['break_share'])})"
         " did not extend the whole prompt before them."
     ]
-    if {"claude-code", "codex", "turns"} & set(figures["input"]["formats"]):
+    if {"claude-code", "codex", "tracelab", "turns"} & set(figures["input"]["formats"]):
         words.append(
             "Transcripts and turn records tell only the prompts' lengths: there a break shows where"
             " a prompt got shorter or followed a compaction, and sharing between sessions not at"

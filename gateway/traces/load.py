@@ -10,7 +10,15 @@ from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
-from gateway.traces import cachewise, claude_code, codex, kv_cache_tester, mooncake, turn_records
+from gateway.traces import (
+    cachewise,
+    claude_code,
+    codex,
+    kv_cache_tester,
+    mooncake,
+    tracelab,
+    turn_records,
+)
 from gateway.traces.lines import SUFFIXES, Problems, TraceError, explain, opened, records
 from gateway.traces.session import Session
 
@@ -27,12 +35,14 @@ Format: TypeAlias = Literal[
     "turns",
     "claude-code",
     "codex",
+    "tracelab",
 ]
 _TOLD_BY: Final[tuple[tuple[Format, Callable[[dict[str, Any]], bool]], ...]] = (
     ("cachewise", cachewise.is_record),
     ("kv-cache-tester", kv_cache_tester.is_session),
     ("kv-cache-tester-compact", kv_cache_tester.is_compact),
     ("mooncake", mooncake.is_request),
+    ("tracelab", tracelab.is_round),
     ("codex", codex.is_entry),
     ("claude-code", claude_code.is_entry),
     ("turns", turn_records.is_turn),
@@ -108,6 +118,7 @@ class _Everything:
         self._trace = trace
         self._seen: set[str] = set()
         self._turns = turn_records.Reader()
+        self._tracelab = tracelab.Reader()
         self._claude_code = claude_code.Reader()
         self._recorded = cachewise.Reader()
 
@@ -155,6 +166,8 @@ class _Everything:
         elif found == "claude-code":
             agent = path.name.partition(".")[0].removeprefix("agent-")
             take = lambda record: self._claude_code.feed(record, agent)  # noqa: E731
+        elif found == "tracelab":
+            take = self._tracelab.feed
         else:
             take = self._turns.feed
         for number, record in coming:
@@ -168,6 +181,7 @@ class _Everything:
 
     def finish(self) -> None:
         self._add(self._turns.sessions())
+        self._add(self._tracelab.sessions())
         self._add(self._claude_code.sessions())
         self._add(self._recorded.sessions())
         starts = {session.id: session.started_at for session in self._trace.sessions}

@@ -185,6 +185,73 @@ def test_calls_are_added_to_their_turns_without_their_arguments(
     assert "secret" not in repr(session)
 
 
+def event(what: str, at: str) -> dict[str, Any]:
+    return {"event_type": what, "timestamp": f"2026-06-01T05:{at}Z", "source": "user.message"}
+
+
+def tool(name: str, wall_ms: int | None, failed: bool | None = False) -> dict[str, Any]:
+    return {"tool_name": name, "tool_call_id": "toolu_5abce", "input_chars": 168,
+            "tool_wall_latency_ms": wall_ms, "tool_internal_latency_ms": None,
+            "is_error": failed}  # fmt: skip
+
+
+def round_of(index: int, total: int, cached: int, events: list[dict[str, Any]],
+             *tools: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    return {"provider": "claude", "project": "project_4c7b8a1b", "session_id": "claude:92ee5b8a",
+            "round_index": index, "round_id": f"msg_{index}", "model": "claude-opus-4-8",
+            "input_tokens_total": total, "prefix_tokens": cached,
+            "newly_append_tokens": total - cached, "output_tokens": 931,
+            "reasoning_output_tokens": None, "timing_events": events, "tools": list(tools),
+            "first_input_event_type": events[0]["event_type"], "store": ".claude",
+            "trace_key": f"claude:claude:92ee5b8a:msg_{index}"}  # fmt: skip
+
+
+ROUNDS = [
+    round_of(0, 32_272, 27_217, [
+        event("user_message", "40:20.000"), event("reasoning", "40:29.000"),
+        event("text", "40:29.500"), event("tool_call", "40:30.000"),
+        event("tool_call", "40:31.500"),
+    ], tool("Bash", 860), tool("WebSearch", 19_291, True)),
+    round_of(1, 35_740, 29_380, [
+        event("tool_result", "40:30.860"), event("tool_result", "40:51.500"),
+        event("text", "41:04.500"), event("usage_report", "41:04.600"),
+    ]),
+    round_of(2, 35_800, 35_738, [
+        event("user_message", "42:43.500"), event("text", "42:46.500"),
+    ], tool("AskUserQuestion", None, None)),
+    round_of(3, 9_000, 6_400, [
+        event("tool_result", "43:02.500"), event("text", "43:04.500"),
+    ]),
+]  # fmt: skip
+
+
+def test_rounds_of_tracelab_become_sessions(tmp_path: Path) -> None:
+    codex = ROUNDS[0] | {"provider": "codex", "session_id": "codex:a611041f"}
+    shuffled = [ROUNDS[2], ROUNDS[0], codex, ROUNDS[3], ROUNDS[1], ROUNDS[0], {"session_id": "x"}]
+    broken = ROUNDS[0] | {"round_id": "msg_9", "round_index": 9, "timing_events": []}
+    trace = load([written(tmp_path / "a.jsonl", *shuffled, broken)])
+    assert trace.formats == {"tracelab": 1}
+    assert trace.problems.count == 2
+    one, other = trace.sessions
+    assert (one.id, one.client, len(one.turns)) == ("claude:92ee5b8a", "claude-code", 4)
+    assert (other.client, len(other.turns)) == ("codex", 1)
+    assert [(t.at_s, t.gap_s, t.api_s, t.idle_kind) for t in one.turns] == [
+        (0.0, 0.0, 11.5, "tool"),
+        (31.5, 20.0, 13.0, "human"),
+        (143.5, 99.0, 3.0, "human"),
+        (162.5, 16.0, 2.0, "human"),
+    ]
+    assert [(t.prompt_tokens, t.cached_tokens, t.output_tokens) for t in one.turns[:2]] == [
+        (32_272, 27_217, 931),
+        (35_740, 29_380, 931),
+    ]
+    assert [(c.kind, c.tool, c.duration_s, c.failed) for c in one.turns[0].calls] == [
+        ("shell", "Bash", 0.86, False),
+        ("web", "WebSearch", 19.291, True),
+    ]
+    assert one.turns[3].shared == 100, "what was cached of a prompt that got shorter"
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_bad_lines_are_counted_and_named(tmp_path: Path, suffix: str) -> None:
     lines = [
@@ -266,6 +333,13 @@ FIELDS = [
     "output_tokens",
     "source",
     "subagent",
+    "timing_events",
+    "event_type",
+    "tools",
+    "tool_name",
+    "tool_wall_latency_ms",
+    "round_index",
+    "input_tokens_total",
 ]
 JUNK = st.recursive(
     st.none() | st.integers() | st.floats() | st.sampled_from(["", "user", "message"]),
@@ -281,6 +355,7 @@ SEEDS: list[dict[str, Any]] = [
     {"hash_ids": [1], "input_length": 5},
     {"type": "response_item", "payload": {}},
     {"type": "user", "message": {}},
+    {"session_id": "s", "prefix_tokens": 1, "timing_events": []},
 ]
 
 
