@@ -52,13 +52,23 @@ _TOKEN: Final = re.compile(
     r"|\#[^\n]*+)",
     re.DOTALL,
 )
-_HERE: Final = re.compile(r"<<-?\s*(['\"]?)(\w+)\1")
+_HERE: Final = re.compile(
+    r"(?<!<)<<(?!<)(-?)[ \t]*((?:'[^'\n]*'|\"[^\"\n]*\"|\\.|[^\s'\"\\;&|<>()])++)"
+)
+_QUOTING: Final = re.compile(r"['\"\\]")
+_PROGRAMS: Final = KNOWN | {"", "script", UNKNOWN}
+_SUBS: Final = (
+    SUBCOMMANDS
+    | {word for sub in SUBCOMMANDS for word in sub.split(":")}
+    | {"", "inline", "script"}
+)
 _KEY: Final = re.compile(r"(?:sk|pk|rk|glpat|xox[a-z]|hvs|shpat|dop|whsec)[-.:]").match
 """How keys of well-known services begin, beside those that digits or case give away."""
 _WORD: Final = re.compile(r"[a-z][a-z0-9._+:-]{0,23}\Z")
 _DIGIT: Final = re.compile(r"\d").search
 _JOINT: Final = re.compile(r"[-_.:]").search
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\+?=")
+_ARRAY: Final = re.compile(_ASSIGNMENT.pattern)
 _DURATION: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([smhd]?)\Z")
 _SECONDS: Final = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -101,6 +111,15 @@ def safe_word(word: str) -> str:
     return word
 
 
+@lru_cache(maxsize=4096)
+def well_known(program: str, sub: str) -> tuple[str, str]:
+    """What of a command may be written where others may read it: program and subcommand if they are
+    well-known ones. Any other word that was found may be one of a file or an argument."""
+    if program not in _PROGRAMS:
+        return UNKNOWN, ""
+    return program, sub if all(word in _SUBS for word in sub.split(":")) else UNKNOWN
+
+
 def parse_shell(command: str) -> ShellCommand:
     """The programs of a command line (bash, PowerShell by and large)."""
     return _parse(command[:LOOK_CHARS], 0)
@@ -116,14 +135,31 @@ def _parse(text: str, depth: int) -> ShellCommand:
     simple = [words]
     pipes = 0
     skip_next = False
+    array = 0  # parentheses within the value of an array
+    cases = 0
+    pattern = False  # of a case
     for word, op, redirect in _TOKEN.findall(text):
-        if word:
+        if array:
+            array += (op in ("(", "$(")) - (op == ")")
+        elif pattern:
+            pattern = op != ")" and word != "esac"
+            cases -= word == "esac"
+        elif word:
             if skip_next:
                 skip_next = False
+            elif word == "in" and words[:1] == ["case"]:
+                words.clear()
+                cases, pattern = cases + 1, True
+            elif word == "esac" and cases:
+                cases -= 1
             else:
                 words.append(word)
         elif op:
             skip_next = False
+            if op == "(" and words and _ARRAY.fullmatch(words[-1]):
+                array = 1
+                continue
+            pattern = op == ";;" and cases > 0
             if op == "|":
                 pipes += 1
             elif op == "&":
@@ -184,20 +220,16 @@ def _parse(text: str, depth: int) -> ShellCommand:
 
 
 def _without_here_docs(text: str) -> tuple[bool, str]:
-    """Whether here-documents are in the text, and the text without what is in them."""
+    """Whether here-documents are in the text, and the text without what is in them. One whose end
+    is not there goes on to the end of the text."""
     found = False
-    for _ in range(4):
-        mark = _HERE.search(text)
-        if mark is None:
-            break
+    while (mark := _HERE.search(text)) is not None:
         found = True
-        body = text.find("\n", mark.end())
-        close = text.find("\n" + mark[2], body) if body >= 0 else -1
-        if close >= 0:
-            after = close + 1 + len(mark[2])
-            text = f"{text[: mark.start()]} {text[mark.end() : body]}{text[after:]}"
-        else:
-            text = text[: mark.start()] + (text[mark.end() : body] if body >= 0 else "")
+        line, _, body = text[mark.end() :].partition("\n")
+        indent, end = (r"\t*" if mark[1] else ""), re.escape(_QUOTING.sub("", mark[2]))
+        close = re.search(rf"^{indent}{end}$", body, re.MULTILINE)
+        after = "" if close is None else body[close.end() :]
+        text = f"{text[: mark.start()]} {line}{after}"
     return found, text
 
 

@@ -25,6 +25,7 @@ from gateway.losses import LossCause
 from gateway.metrics import Metrics
 from gateway.predictor import Forecast
 from gateway.predictor.features import CallWords, features_of
+from gateway.predictor.shell import well_known
 from gateway.prefix import HEAD_SEGMENTS
 from gateway.recorder.files import Directory, File
 from gateway.recorder.names import Salted, kept_tool, stop_of
@@ -403,4 +404,4 @@ def _call(asked: str, seen: Seen) -> CallRecord:
     words = seen.words
     numbers = tuple([round(number, 2) for number in seen.numbers[1:]])
     tool = kept_tool(asked[:128], words.tool)
-    return CallRecord(words.kind, tool, words.program, words.sub, numbers)
+    return CallRecord(words.kind, tool, *well_known(words.program, words.sub), numbers)

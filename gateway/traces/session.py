@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind
 from gateway.predictor.features import features_of
+from gateway.predictor.shell import well_known
 
 BLOCK_TOKENS = 64
 """Tokens a block of formats that do not say otherwise."""
@@ -42,7 +43,7 @@ class Call:
     @classmethod
     def of(cls, call: ToolCall) -> Call:
         words, _ = features_of(call)
-        return cls(words.kind, words.tool, words.program, words.sub)
+        return cls(words.kind, words.tool, *well_known(words.program, words.sub))
 
 
 @dataclass(frozen=True, slots=True)

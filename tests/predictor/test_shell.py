@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.predictor.shell import UNKNOWN, parse_shell, safe_word
+from gateway.predictor.shell import UNKNOWN, parse_shell, safe_word, well_known
 from tests.yardstick import cpu_s, plain_python_s
 
 
@@ -37,6 +37,20 @@ from tests.yardstick import cpu_s, plain_python_s
         ("if [ -f a ]; then make test; fi", "make", "test"),
         ("for f in *.go; do gofmt -w $f; done", "gofmt", ""),
         ("cat > a.py <<'EOF'\ngit push --force\nEOF\npytest a.py", "pytest", ""),
+        ("cat > .env <<\\EOF\nhunter is bob\nEOF\npytest a.py", "pytest", ""),
+        ("cat <<'END OF'\nhunter is bob\nEND OF\npytest a.py", "pytest", ""),
+        ('cat <<"*** END"\nhunter is bob\n*** END\npytest a.py', "pytest", ""),
+        ("cat <<END-OF\nhunter is bob\nEND-OF\npytest a.py", "pytest", ""),
+        ("cat <<!\nhunter is bob\n!\npytest a.py", "pytest", ""),
+        ("cat <<-E\n\thunter is bob\n\tE\npytest a.py", "pytest", ""),
+        ("cat <<A <<B\nhunter is\nA\nbob is\nB\npytest a.py", "pytest", ""),
+        ("cat <<EOF\nEOFs are hard\nhunter is bob\nEOF\npytest a.py", "pytest", ""),
+        ("cat <<EOF\nhunter is bob\n EOF\n", "cat", ""),
+        ("".join(f"cat <<E{i}\nhunter is bob\nE{i}\n" for i in range(9)), "cat", ""),
+        ("grep -c x <<<pytest && make lint", "make", "lint"),
+        ("users=(hunter $(id bob) bob); go test ./...", "go", "test"),
+        ("case $x in\n  hunter) pytest;;\n  a|bob) ls;;\nesac\n", "pytest", ""),
+        ("case $x in hunter|bob) ls;; *) ls;; esac; make lint", "make", "lint"),
         ("git commit -m \"$(cat <<'EOF'\nmake everything\nEOF\n)\"", "git", "commit"),
         ("git add . \\\n  && git commit -m x \\\n  && git push", "git", "push"),
         ("! grep -q x y", "grep", ""),
@@ -160,3 +174,21 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_commands_cost_a_millisecond_at_most(text: str) -> None:
     assert cpu_s(lambda: parse_shell(text)) < plain_python_s()
+
+
+@pytest.mark.parametrize(
+    ("program", "sub", "kept"),
+    [
+        ("git", "commit", ("git", "commit")),
+        ("docker", "compose:up", ("docker", "compose:up")),
+        ("make", "hunter", ("make", UNKNOWN)),
+        ("python3", "inline", ("python3", "inline")),
+        ("script", "", ("script", "")),
+        ("", "", ("", "")),
+        ("hunter", "is", (UNKNOWN, "")),
+    ],
+)
+def test_only_well_known_words_are_for_others_to_read(
+    program: str, sub: str, kept: tuple[str, str]
+) -> None:
+    assert well_known(program, sub) == kept

@@ -450,6 +450,7 @@ def address(log: Path) -> str:
 LETTERS = {
     "mixed": string.ascii_letters + string.digits,
     "lower": string.ascii_lowercase + string.digits,
+    "letters": string.ascii_lowercase,
     "hex": "0123456789abcdef",
     "digits": string.digits,
     "marked": string.ascii_letters + string.digits + "-_.:/+=",
@@ -484,6 +485,11 @@ def secret_calls(secret: Secrets) -> list[dict[str, Any]]:
         f"sleep {s('digits', 9)}; timeout {s('digits', 9)} {s('marked')}",
         f"PASSWORD='{s('marked')}' ssh {s()}@{s('hex')} '{s('words', 50)}'",
         f"$({s('mixed')}) `{s('lower')}` ; {s('hex', 40)}",
+        f"cat > .env <<\\EOF\n{s('letters', 12)} {s('words', 60)}\nEOF",
+        f"tee a <<'THE END' | cat\n{s('letters', 12)} {s('words', 60)}\nTHE END",
+        f"names=({s('letters', 12)} {s('letters', 12)}); {s('letters', 12)} --now",
+        f"case $x in\n  {s('letters', 12)}) ls;; esac; npm run {s('letters', 12)}",
+        f"make {s('letters', 12)}; python -m {s('letters', 12)}",
     ]
     calls = [{"name": "Bash", "arguments": {"command": command}} for command in commands]
     return [
