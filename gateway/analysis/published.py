@@ -62,7 +62,8 @@ TRANSCRIPTS: Final = Published(
 TRACELAB: Final = Published(
     "TraceLab",
     "4,265 sessions of Claude Code and Codex of 43 people (uw-syfi/TraceLab, CC BY 4.0; arXiv"
-    " 2606.30560); its tools' and people's times are of those above zero",
+    " 2606.30560); its tools' times as the agents measured them where they did, of its tools' and"
+    " people's times those above zero",
     {
         "turns_per_session": 83.74,
         "prompt_tokens_mean": 153_700.0,

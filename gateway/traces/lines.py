@@ -15,6 +15,8 @@ import zstandard
 
 NAMED = 20
 """Problems that are kept with their place; the others are only counted."""
+MAX_TOKENS = 10**8
+"""Of one prompt; a record that tells of more is taken as broken."""
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 
 
@@ -46,9 +48,16 @@ def number(value: Any) -> float:
     return value
 
 
+def count(value: Any) -> int:
+    """A number of tokens, of which there are not more than `MAX_TOKENS`, or else `ValueError`."""
+    if number(value) > MAX_TOKENS:
+        raise ValueError
+    return int(value)
+
+
 def tokens(value: Any) -> int:
-    """A count, or else `ValueError`; None is none."""
-    return 0 if value is None else int(number(value))
+    """The same; None is none."""
+    return 0 if value is None else count(value)
 
 
 def explain(error: Exception) -> str:

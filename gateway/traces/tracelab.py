@@ -11,18 +11,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Final
 
 from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind, idle_after, waited_for
-from gateway.traces.lines import number, tokens
+from gateway.traces.lines import count, number, tokens
 from gateway.traces.session import Call, Growing, Session, Turn
 
 _CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
 _RESUMES: Final[dict[str, IdleKind]] = {"user_message": "human", "tool_result": "tool"}
+"""What a round answers; where it is both, a person did not wait for the tool."""
 _ANSWERS: Final = frozenset({"reasoning", "text", "tool_call"})
 
 
@@ -48,18 +49,20 @@ class _Round:
     @classmethod
     def of(cls, record: dict[str, Any]) -> _Round:
         events = [
-            (event["event_type"], _at(event["timestamp"])) for event in record["timing_events"]
+            (event["event_type"], _at(event["timestamp"]))
+            for event in record["timing_events"]
+            if event["timestamp"] is not None
         ]
         answer = [at for what, at in events if what in _ANSWERS] or [at for _, at in events[-1:]]
         begun_at = min(answer)
-        heard = [at for what, at in events if what in _RESUMES and at <= begun_at]
+        heard = {what: at for what, at in events if what in _RESUMES and at <= begun_at}
         asked = [_asked(tool) for tool in record.get("tools") or ()]
         return cls(
             int(number(record["round_index"])),
-            max(heard, default=begun_at),
+            max(heard.values(), default=begun_at),
             max(answer),
-            _RESUMES.get(record.get("first_input_event_type") or ""),
-            int(number(record["input_tokens_total"])),
+            next((kind for what, kind in _RESUMES.items() if what in heard), None),
+            count(record["input_tokens_total"]),
             tokens(record["prefix_tokens"]),
             tokens(record.get("output_tokens")),
             sys.intern(str(record.get("model") or "")),
@@ -69,7 +72,8 @@ class _Round:
 
 
 def _at(timestamp: str) -> float:
-    return datetime.fromisoformat(timestamp).timestamp()
+    at = datetime.fromisoformat(timestamp)
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
 def _asked(tool: dict[str, Any]) -> tuple[ToolCall, Call]:
@@ -90,8 +94,9 @@ class Reader:
 
     def feed(self, record: dict[str, Any]) -> None:
         """Take a round. Raises what a record of another shape raises."""
-        session = str(record["session_id"])
         found = _Round.of(record)
+        names = (record.get("project"), record.get("session_file"), record["session_id"])
+        session = "/".join(str(name) for name in names if name)
         key = hash((session, found.index, record.get("round_id")))
         if key in self._seen:
             return
@@ -114,6 +119,7 @@ def _session(name: str, client: str, rounds: list[_Round]) -> Session:
     growing = Growing()
     kinds = [waited_for(one.kind, after.resumed) for one, after in pairwise(rounds)]
     ended_at = started_at
+    due = rounds[0].index
     for position, one in enumerate(rounds):
         sent_at = max(one.sent_at, ended_at)
         session.turns.append(
@@ -121,7 +127,8 @@ def _session(name: str, client: str, rounds: list[_Round]) -> Session:
                 round(sent_at - started_at, 3),
                 one.prompt_tokens,
                 one.output_tokens,
-                gap_s=round(sent_at - ended_at, 3),
+                gap_s=round(sent_at - ended_at, 3) if one.index <= due else 0.0,
+                gap_known=one.index <= due,
                 api_s=round(max(0.0, one.ended_at - sent_at), 3),
                 idle_kind=kinds[position] if position < len(kinds) else one.kind,
                 cached_tokens=one.cached_tokens,
@@ -131,4 +138,5 @@ def _session(name: str, client: str, rounds: list[_Round]) -> Session:
             )
         )
         ended_at = max(sent_at, one.ended_at)
+        due = one.index + 1
     return session

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from gateway.idle import IdleKind
 from gateway.predictor.records import call_of
-from gateway.traces.lines import number, tokens
+from gateway.traces.lines import count, number, tokens
 from gateway.traces.session import Call, Growing, Session, Turn
 
 _CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
@@ -53,8 +53,8 @@ class _Record:
             None if asked_by is None else int(number(asked_by)),
             None if told("t") is None else number(told("t")),
             _seconds(told("api_s")),
-            int(number(record["ctx"])),
-            max(int(number(record["out"])), 1),
+            count(record["ctx"]),
+            max(count(record["out"]), 1),
             None if told("cache_read") is None else tokens(told("cache_read")),
             _seconds(told("gap_s")) or 0.0,
             "tool" if told("gap_kind", "tool") == "tool" else "human",

@@ -233,7 +233,11 @@ def test_rounds_of_tracelab_become_sessions(tmp_path: Path) -> None:
     assert trace.formats == {"tracelab": 1}
     assert trace.problems.count == 2
     one, other = trace.sessions
-    assert (one.id, one.client, len(one.turns)) == ("claude:92ee5b8a", "claude-code", 4)
+    assert (one.id, one.client, len(one.turns)) == (
+        "project_4c7b8a1b/claude:92ee5b8a",
+        "claude-code",
+        4,
+    )
     assert (other.client, len(other.turns)) == ("codex", 1)
     assert [(t.at_s, t.gap_s, t.api_s, t.idle_kind) for t in one.turns] == [
         (0.0, 0.0, 11.5, "tool"),
@@ -250,6 +254,55 @@ def test_rounds_of_tracelab_become_sessions(tmp_path: Path) -> None:
         ("web", "WebSearch", 19.291, True),
     ]
     assert one.turns[3].shared == 100, "what was cached of a prompt that got shorter"
+
+
+def test_a_person_who_interrupts_a_tool_of_tracelab_is_who_was_waited_for(tmp_path: Path) -> None:
+    interrupted = round_of(1, 35_740, 29_380, [
+        event("tool_result", "40:31.000"), event("user_message", "50:31.500"),
+        event("text", "50:33.500"),
+    ])  # fmt: skip
+    (session,) = load([written(tmp_path / "a.jsonl", ROUNDS[0], interrupted)]).sessions
+    assert (session.turns[0].idle_kind, session.turns[1].gap_s) == ("human", 600.0)
+
+
+def test_a_wait_that_tracelab_does_not_tell_is_not_known(tmp_path: Path) -> None:
+    unread = ROUNDS[1] | {"timing_events": []}
+    untimed = {"event_type": "reasoning", "timestamp": None}
+    late = ROUNDS[2] | {"timing_events": [untimed, *ROUNDS[2]["timing_events"]]}
+    trace = load([written(tmp_path / "a.jsonl", ROUNDS[0], unread, late)])
+    assert trace.problems.count == 1
+    (session,) = trace.sessions
+    assert [(t.at_s, t.gap_s, t.gap_known) for t in session.turns] == [
+        (0.0, 0.0, True),
+        (143.5, 0.0, False),
+    ]
+
+
+def test_sessions_of_tracelab_are_told_apart_by_project_and_times_are_utc(tmp_path: Path) -> None:
+    naive = [e | {"timestamp": e["timestamp"].rstrip("Z")} for e in ROUNDS[0]["timing_events"]]
+    other = ROUNDS[0] | {"project": "project_2", "timing_events": naive}
+    one, two = load(
+        [written(tmp_path / f"{n}.jsonl", record) for n, record in enumerate((ROUNDS[0], other))]
+    ).sessions
+    assert (len(one.turns), len(two.turns)) == (1, 1)
+    assert one.started_at == two.started_at == 1_780_292_420.0
+
+
+HUGE: list[dict[str, Any]] = [
+    {"session": "s", "ctx": 10**14, "out": 1},
+    ROUNDS[0] | {"input_tokens_total": 10**14},
+    {"type": "assistant", "sessionId": "s", "uuid": "u", "timestamp": "2026-06-01T05:00:00Z",
+     "message": {"id": "m", "role": "assistant", "model": "m", "content": [],
+                 "usage": {"input_tokens": 10**12, "output_tokens": 1}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", HUGE, ids=["turns", "tracelab", "claude-code"])
+def test_a_prompt_of_more_tokens_than_any_is_a_problem(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    trace = load([written(tmp_path / "a.jsonl", record)])
+    assert (trace.problems.count, trace.sessions) == (1, [])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
