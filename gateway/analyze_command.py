@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
+import orjson
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -47,7 +46,7 @@ def analyze(
     # numpy and what needs it: the other commands do without.
     from gateway.analysis import report
     from gateway.analysis.figures import figures
-    from gateway.traces.lines import TraceError
+    from gateway.traces.lines import TraceError, printable
     from gateway.traces.load import files_of, load
 
     if html is not None:
@@ -71,35 +70,34 @@ def analyze(
             trace = load(files, lambda read: progress.advance(reading, read))
         except (TraceError, OSError) as error:
             raise ConfigError(f"analyze: {error}") from None
+        trace.problems.tell()
         if not any(session.turns for session in trace.sessions):
             names = ", ".join(map(str, path))
             raise ConfigError(
-                f"analyze: no session of a known format in {names} ({len(files)} files,"
-                f" {trace.problems.count} records that could not be read); known formats:"
-                " docs/traces.md"
+                f"analyze: no session of a known format in {names} ({len(files)} files); known"
+                " formats: docs/traces.md"
             )
         turns = sum(len(session.turns) for session in trace.sessions)
         counting = progress.add_task("counting", total=turns)
         found = figures(trace, concurrent, lambda: progress.advance(counting))
-        written = []
-        try:
-            if json_file is not None:
-                json_file.write_text(json.dumps(found, indent=1) + "\n")
-                written.append(json_file)
-            if markdown is not None:
-                markdown.write_text(report.markdown(found))
-                written.append(markdown)
-            if html is not None:
-                progress.add_task("drawing", total=None)
-                html.write_text(page(found))
-                written.append(html)
-        except OSError as error:
-            raise ConfigError(f"analyze: {error.filename}: {error.strerror}") from None
-    if trace.problems.count:
-        print(f"{trace.problems.count} records could not be read:", file=sys.stderr)
-        for name in trace.problems.named[:5]:
-            print(f"  {name}", file=sys.stderr)
+        if json_file is not None:
+            # orjson: where JSON has no such number, as of nan, it writes null.
+            layout = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+            _write("--json", json_file, orjson.dumps(found, option=layout))
+        if markdown is not None:
+            _write("--markdown", markdown, report.markdown(found).encode())
+        if html is not None:
+            progress.add_task("drawing", total=None)
+            _write("--html", html, page(found).encode())
+    written = [printable(file) for file in (json_file, markdown, html) if file is not None]
     if written:
-        print("written: " + ", ".join(map(str, written)))
+        print("written: " + ", ".join(written))
     else:
         Console().print(Markdown(report.markdown(found)))
+
+
+def _write(option: str, file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{option}: {file}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 import errno
 import functools
 import gc
+import io
 import math
 import os
 import signal
@@ -51,6 +52,8 @@ Text: TypeAlias = str | None
 
 def main() -> None:
     """The console script. A configuration error is one line and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack what is printed
     try:
         app()
     except ConfigError as error:

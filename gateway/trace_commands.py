@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -33,34 +33,16 @@ def convert(
     to: Annotated[Target, typer.Option(help="The format to write.")],
     out: Annotated[
         Path,
-        typer.Option(help="The file to write; for kv-cache-tester the directory."),
+        typer.Option(help="The file to write, packed if it ends in .gz or .zst; for"
+                     " kv-cache-tester the directory."),
     ],
-) -> None:
+) -> None:  # fmt: skip
     """Write traces in another format (docs/traces.md says what each can hold)."""
-    from gateway.traces import cachewise, kv_cache_tester, mooncake
-    from gateway.traces.lines import TraceError
-    from gateway.traces.load import load
+    from gateway.traces.lines import printable
 
-    try:
-        trace = load(path)
-    except TraceError as error:
-        raise ConfigError(f"trace convert: {error}") from None
-    if not trace.sessions:
-        raise ConfigError("trace convert: no session of a known format (docs/traces.md)")
-    try:
-        if to is not Target.kv_cache_tester:
-            dump = mooncake.dump if to is Target.mooncake else cachewise.dump
-            with out.open("wb") as file:
-                file.writelines(dump(trace.sessions))
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            for number, (_, text) in enumerate(kv_cache_tester.dump(trace.sessions), 1):
-                (out / f"trace_{number:04}.json").write_bytes(text)
-    except OSError as error:
-        raise ConfigError(f"--out: {error.filename}: {error.strerror}") from None
-    print(f"written: {len(trace.sessions)} sessions to {out}")
-    if trace.problems.count:
-        print(f"{trace.problems.count} records could not be read: {trace.problems.named[0]}, …")
+    sessions = _read("convert", path)
+    _write([sessions], to, out)
+    print(f"written: {len(sessions)} sessions to {printable(out)}")
 
 
 @app.command("synthesize")
@@ -90,16 +72,10 @@ def synthesize(
     Holds no more of them in memory than go on at the same time (docs/traces.md).
     """
     from gateway.analysis import likeness
-    from gateway.traces.lines import TraceError
-    from gateway.traces.load import load
+    from gateway.traces.lines import printable
     from gateway.traces.synthesis import Synthesizer
 
-    try:
-        source = [session for session in load(like).sessions if session.turns]
-    except TraceError as error:
-        raise ConfigError(f"trace synthesize: {error}") from None
-    if not source:
-        raise ConfigError("trace synthesize: no session of a known format (docs/traces.md)")
+    source = [session for session in _read("synthesize", like) if session.turns]
     synthesizer = Synthesizer(source, seed, concurrent)
     kept: list[Session] = []
     turns = 0
@@ -118,10 +94,7 @@ def synthesize(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True,
     ) as progress:  # fmt: skip
-        try:
-            _write(counted(progress), to, out)
-        except OSError as error:
-            raise ConfigError(f"--out: {error.filename or out}: {error.strerror}") from None
+        _write(counted(progress), to, out, in_order=True)
     table = Table(title="How like the trace it is", caption=likeness.CAPTION)
     for name in ("", "trace", "made", "distance", "by chance"):
         table.add_column(name, justify="left" if not name else "right")
@@ -129,21 +102,43 @@ def synthesize(
         table.add_row(*row.cells)
     if table.rows:
         Console().print(table)
-    print(f"written: {sessions} sessions with {turns} turns to {out}")
+    print(f"written: {sessions} sessions with {turns} turns to {printable(out)}")
 
 
-def _write(families: Iterator[list[Session]], to: Target, out: Path) -> None:
-    """Sessions that come in the order of their starts, one after another."""
+def _read(command: str, paths: list[Path]) -> list[Session]:
+    """The sessions of traces; says what could not be read."""
+    from gateway.traces.lines import TraceError
+    from gateway.traces.load import load
+
+    try:
+        trace = load(paths)
+    except TraceError as error:
+        raise ConfigError(f"trace {command}: {error}") from None
+    trace.problems.tell()
+    if not any(session.turns for session in trace.sessions):
+        raise ConfigError(f"trace {command}: no session of a known format (docs/traces.md)")
+    return trace.sessions
+
+
+def _write(
+    families: Iterable[list[Session]], to: Target, out: Path, in_order: bool = False
+) -> None:
+    """Writes sessions; those that belong together are of one family. ``in_order``: as
+    `gateway.traces.mooncake.dump_in_order` takes them, so that few are held at once."""
     from gateway.traces import cachewise, kv_cache_tester, mooncake
     from gateway.traces.lines import writing
 
-    if to is Target.kv_cache_tester:
-        out.mkdir(parents=True, exist_ok=True)
-        for number, family in enumerate(families, 1):
-            ((_, text),) = kv_cache_tester.dump(family)
-            (out / f"trace_{number:06}.json").write_bytes(text)
-    else:
-        dump = {Target.cachewise: cachewise.dump, Target.mooncake: mooncake.dump_in_order}[to]
-        with writing(out) as file:
-            for line in dump(chain.from_iterable(families)):
-                file.write(line)
+    try:
+        if to is Target.kv_cache_tester:
+            out.mkdir(parents=True, exist_ok=True)
+            texts = (text for family in families for _, text in kv_cache_tester.dump(family))
+            for number, text in enumerate(texts, 1):
+                (out / f"trace_{number:06}.json").write_bytes(text)
+        else:
+            requests = mooncake.dump_in_order if in_order else mooncake.dump
+            dump = {Target.cachewise: cachewise.dump, Target.mooncake: requests}[to]
+            with writing(out) as file:
+                for line in dump(chain.from_iterable(families)):
+                    file.write(line)
+    except OSError as error:
+        raise ConfigError(f"--out: {error.filename or out}: {error.strerror}") from None

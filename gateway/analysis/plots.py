@@ -20,6 +20,7 @@ COLOURS: Final = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b
 _STYLE: Final[Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cachewise",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,

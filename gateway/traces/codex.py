@@ -143,10 +143,16 @@ class Reader:
         return turn
 
     def sessions(self) -> list[Session]:
-        """The thread; nothing if no response of it tells its tokens."""
+        """The thread; nothing if no response of it tells its tokens.
+
+        Raises:
+            KeyError: there are such responses, but not the ``session_meta`` that names the thread.
+        """
         turns = [turn for turn in self._turns if turn.usage is not None]
-        if not turns or self._meta is None:
+        if not turns:
             return []
+        if self._meta is None:
+            raise KeyError("session_meta")
         name = self._meta["id"]
         parent = _parent(self._meta)
         started_at = turns[0].sent_at

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +20,10 @@ NAMED = 20
 """Problems that are kept with their place; the others are only counted."""
 MAX_TOKENS = 10**8
 """Of one prompt; a record that tells of more is taken as broken."""
+SAID = 5
+"""Of these the ones that a command says."""
+DAMAGED = (EOFError, OSError, zlib.error, zstandard.ZstdError)
+"""What reading raises of a compressed file that is torn or damaged."""
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 
 
@@ -34,11 +41,24 @@ class Problems:
     def add(self, path: Path, line: int, what: str) -> None:
         self.count += 1
         if len(self.named) < NAMED:
-            self.named.append(f"{path}:{line}: {what}")
+            self.named.append(f"{printable(path)}:{line}: {what}")
 
     def merge(self, other: Problems) -> None:
         self.count += other.count
         self.named += other.named[: NAMED - len(self.named)]
+
+    def tell(self) -> None:
+        """Say on stderr how many there are, and which are the first."""
+        if self.count:
+            records = "1 record" if self.count == 1 else f"{self.count} records"
+            print(f"{records} could not be read:", file=sys.stderr)
+            for name in self.named[:SAID]:
+                print(f"  {name}", file=sys.stderr)
+
+
+def printable(path: Path) -> str:
+    """A path as UTF-8 can hold it: bytes of a name that are none are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def number(value: Any) -> float:
@@ -61,7 +81,11 @@ def tokens(value: Any) -> int:
 
 
 def explain(error: Exception) -> str:
-    """Why a record could not be read, without its content."""
+    """Why a record or a file could not be read, without its content."""
+    if isinstance(error, EOFError):
+        return "the file is torn"
+    if isinstance(error, DAMAGED):
+        return "the file is damaged"
     if isinstance(error, orjson.JSONDecodeError):
         return "no JSON"
     if isinstance(error, KeyError):
@@ -100,14 +124,14 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 def records(
     lines: Iterator[bytes] | IO[bytes], path: Path, problems: Problems
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines' JSON objects with their numbers; a line that holds none is a problem. A file that
-    ends in the middle of its compressed stream ends there."""
+    """The lines' JSON objects with their numbers; a line that holds none is a problem. A file ends
+    where its compressed stream is torn or damaged, which is a problem as well."""
     number = 0
     while True:
         try:
             line = next(iter(lines), None)
-        except (EOFError, OSError, zstandard.ZstdError):
-            problems.add(path, number + 1, "the file is torn")
+        except DAMAGED as error:
+            problems.add(path, number + 1, explain(error))
             return
         if line is None:
             return

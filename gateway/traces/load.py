@@ -19,7 +19,16 @@ from gateway.traces import (
     tracelab,
     turn_records,
 )
-from gateway.traces.lines import SUFFIXES, Problems, TraceError, explain, opened, records
+from gateway.traces.lines import (
+    DAMAGED,
+    SUFFIXES,
+    Problems,
+    TraceError,
+    explain,
+    opened,
+    printable,
+    records,
+)
 from gateway.traces.session import Session
 
 LOOKED_AT: Final = 200
@@ -94,8 +103,9 @@ def files_of(paths: Iterable[Path]) -> list[Path]:
 
 
 def load(paths: Iterable[Path], read: Callable[[int], None] | None = None) -> Trace:
-    """The sessions of traces. Records that cannot be read are counted in ``problems``, sessions of
-    an id seen before are left out. ``read`` is told of bytes as they are read.
+    """The sessions of traces. Records that cannot be read are counted in ``problems``, of a file of
+    no known format only that it is torn or damaged; sessions of an id seen before are left out.
+    ``read`` is told of bytes as they are read.
 
     Raises:
         TraceError: a path is not there or cannot be read.
@@ -129,7 +139,7 @@ class _Everything:
             looked_at = list(itertools.islice(coming, LOOKED_AT))
             found = _format(record for _, record in looked_at)
             if found is None:
-                whole = _whole(path) if problems.count else None
+                whole = self._whole(path) if problems.count else None
                 if whole is not None and (found := _format([whole])) is not None:
                     problems, looked_at, coming = Problems(), [(1, whole)], iter(())
             if found is None:
@@ -138,6 +148,18 @@ class _Everything:
             self._trace.formats[found] = self._trace.formats.get(found, 0) + 1
             self._feed(found, path, itertools.chain(looked_at, coming), problems)
             self._trace.problems.merge(problems)
+
+    def _whole(self, path: Path) -> dict[str, Any] | None:
+        """A file that is one JSON object over several lines. That it is damaged is a problem."""
+        with opened(path) as file:
+            try:
+                value = orjson.loads(file.read(WHOLE_BYTES))
+            except orjson.JSONDecodeError:
+                return None
+            except DAMAGED as error:
+                self._trace.problems.add(path, 1, explain(error))
+                return None
+        return value if isinstance(value, dict) else None
 
     def _feed(
         self,
@@ -150,12 +172,12 @@ class _Everything:
         own: mooncake.Reader | codex.Reader | None = None
         take: Callable[[dict[str, Any]], None]
         if found == "kv-cache-tester":
-            scope = str(path.parent)
+            scope = printable(path.parent)
             take = lambda record: made.extend(kv_cache_tester.sessions(record, scope))  # noqa: E731
         elif found == "kv-cache-tester-compact":
             take = lambda record: made.extend(kv_cache_tester.compact_sessions(record))  # noqa: E731
         elif found == "mooncake":
-            own = mooncake.Reader(str(path))
+            own = mooncake.Reader(printable(path))
             take = own.feed
         elif found == "cachewise":
             self._recorded.begin()
@@ -164,7 +186,7 @@ class _Everything:
             own = codex.Reader()
             take = own.feed
         elif found == "claude-code":
-            agent = path.name.partition(".")[0].removeprefix("agent-")
+            agent = printable(Path(path.name)).partition(".")[0].removeprefix("agent-")
             take = lambda record: self._claude_code.feed(record, agent)  # noqa: E731
         elif found == "tracelab":
             take = self._tracelab.feed
@@ -177,7 +199,12 @@ class _Everything:
                 raise
             except _BROKEN as error:
                 problems.add(path, number, explain(error))
-        self._add(made if own is None else own.sessions())
+        if own is not None:
+            try:
+                made = own.sessions()
+            except _BROKEN as error:
+                problems.add(path, 1, explain(error))
+        self._add(made)
 
     def finish(self) -> None:
         self._add(self._turns.sessions())
@@ -205,13 +232,3 @@ def _format(looked_at: Iterable[dict[str, Any]]) -> Format | None:
             if tells(record):
                 return name
     return None
-
-
-def _whole(path: Path) -> dict[str, Any] | None:
-    """A file that is one JSON object over several lines."""
-    with opened(path) as file:
-        try:
-            value = orjson.loads(file.read(WHOLE_BYTES))
-        except (orjson.JSONDecodeError, EOFError, OSError):
-            return None
-    return value if isinstance(value, dict) else None

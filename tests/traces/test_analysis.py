@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bench.replay.sample import SAMPLE
-from gateway.analysis import capacity
+from gateway.analysis import capacity, plots
 from gateway.analysis.figures import figures, quantiles, survival
 from gateway.analysis.published import KV_CACHE_TESTER, PUBLISHED, ROWS, TRANSCRIPTS, own
 from gateway.analysis.report import markdown
@@ -213,6 +213,12 @@ def test_text_of_a_trace_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     assert runner.invoke(app, ["analyze", str(path), "--html", str(html)]).exit_code == 0
     assert "<script" not in html.read_text()
     assert "<b>" not in html.read_text()
+
+
+def test_names_of_a_trace_are_drawn_as_they_are() -> None:
+    calls = tuple(Call(r"$\frac$", "Bash", duration_s=float(n)) for n in range(40))
+    told = figures(Trace([Session("s", [Turn(0.0, 64, 1, idle_kind="tool", calls=calls)])]))
+    assert r">$\frac$<" in plots.draw("tool_kinds", told)
 
 
 @pytest.mark.parametrize("to", ["cachewise", "mooncake", "kv-cache-tester"])
