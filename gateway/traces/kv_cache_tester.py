@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 
 from gateway.idle import IdleKind
+from gateway.traces.families import tree
 from gateway.traces.session import BLOCK_TOKENS, Blocks, Chain, Runs, Session, Turn
 
 MAX_BLOCKS: Final = 1 << 22
@@ -196,19 +197,14 @@ def dump(sessions: Iterable[Session]) -> list[tuple[str, bytes]]:
     but ``tool`` and ``human``.
     """
     everything = list(sessions)
-    below: dict[str, list[Session]] = {}
-    for session in everything:
-        if session.parent is not None:
-            below.setdefault(session.parent, []).append(session)
-    here = {session.id for session in everything}
-    return [
-        (session.id, orjson.dumps(_record(session, below)))
-        for session in everything
-        if session.parent is None or session.parent not in here
-    ]
+    below = {
+        None if n is None else everything[n].id: [everything[child] for child in children]
+        for n, children in tree(everything).items()
+    }
+    return [(session.id, orjson.dumps(_record(session, below))) for session in below[None]]
 
 
-def _record(session: Session, below: dict[str, list[Session]]) -> dict[str, Any]:
+def _record(session: Session, below: dict[str | None, list[Session]]) -> dict[str, Any]:
     return {
         "id": session.id,
         "models": sorted({turn.model for turn in session.turns}),
@@ -221,7 +217,7 @@ def _record(session: Session, below: dict[str, list[Session]]) -> dict[str, Any]
 
 
 def _requests(
-    session: Session, below: dict[str, list[Session]], origin_s: float
+    session: Session, below: dict[str | None, list[Session]], origin_s: float
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     before: Turn | None = None
