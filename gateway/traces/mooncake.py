@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
+from gateway.traces.families import starts
 from gateway.traces.lines import number
 from gateway.traces.session import Blocks, Chain, Session, Turn, with_gaps_from_times
 
@@ -99,20 +100,19 @@ class Reader:
 
 
 def dump(sessions: Iterable[Session]) -> Iterator[bytes]:
-    """The turns in order of time, a line each.
+    """The turns in order of time, a line each. Sessions whose start is not told start as
+    `gateway.traces.families.starts` says.
 
     Times are kept to the millisecond. What the format cannot hold is left out: tool calls, idle
     kinds, models, parents, how long a response took.
     """
+    everything = list(sessions)
     entries = []
-    for place, session in enumerate(sessions):
-        for k, (turn, chain) in enumerate(zip(session.turns, session.chains(), strict=True)):
-            ids = chain.tolist()
-            if not session.scope:
-                ids = [f"{place}-{block}" for block in ids]
-            else:
-                ids = [f"{session.scope}-{block}" for block in ids]
-            entries.append((_milliseconds(session, k), session.id, turn, ids))
+    for place, (session, start_s) in enumerate(zip(everything, starts(everything), strict=True)):
+        scope = session.scope or place
+        for turn, chain in zip(session.turns, session.chains(), strict=True):
+            ids = [f"{scope}-{block}" for block in chain.tolist()]
+            entries.append((_milliseconds(start_s, turn), session.id, turn, ids))
     entries.sort(key=lambda entry: entry[0])
     dense: dict[str, int] = {}
     for timestamp, name, turn, ids in entries:
@@ -120,30 +120,33 @@ def dump(sessions: Iterable[Session]) -> Iterator[bytes]:
 
 
 def dump_in_order(sessions: Iterable[Session]) -> Iterator[bytes]:
-    """The same of sessions that come in the order of their starts, a sub-agent behind its parent,
-    and whose block ids mean the same in all: holds no more of them than go on at the same time."""
+    """The same of sessions whose starts are told and that come in their order, a sub-agent behind
+    its parent, and whose block ids mean the same in all: holds no more of them than go on at the
+    same time."""
     live: list[tuple[int, int, Session, int, Iterator[Blocks]]] = []
+
+    def due(session: Session, k: int) -> int:
+        assert session.started_at is not None
+        return _milliseconds(session.started_at, session.turns[k])
 
     def sent(until: float) -> Iterator[bytes]:
         while live and live[0][0] <= until:
             timestamp, place, session, k, chains = live[0]
             yield _line(timestamp, session.id, session.turns[k], next(chains).tolist())
             if k + 1 < len(session.turns):
-                coming = (_milliseconds(session, k + 1), place, session, k + 1, chains)
-                heapq.heapreplace(live, coming)
+                heapq.heapreplace(live, (due(session, k + 1), place, session, k + 1, chains))
             else:
                 heapq.heappop(live)
 
     for place, session in enumerate(sessions):
         if session.parent is None:
-            yield from sent(_milliseconds(session, 0))
-        heapq.heappush(live, (_milliseconds(session, 0), place, session, 0, session.chains()))
+            yield from sent(due(session, 0))
+        heapq.heappush(live, (due(session, 0), place, session, 0, session.chains()))
     yield from sent(math.inf)
 
 
-def _milliseconds(session: Session, k: int) -> int:
-    origin_s = session.started_at if session.started_at is not None else session.start_s
-    return round((origin_s + session.turns[k].at_s) * 1000)
+def _milliseconds(start_s: float, turn: Turn) -> int:
+    return round((start_s + turn.at_s) * 1000)
 
 
 def _line(timestamp: int, name: str, turn: Turn, ids: list[int]) -> bytes:

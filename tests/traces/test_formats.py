@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gateway.idle import IdleKind
 from gateway.traces import kv_cache_tester, mooncake
+from gateway.traces.families import SEATS
 from gateway.traces.lines import TraceError
 from gateway.traces.load import Trace, load
 from gateway.traces.session import Chain, Session, Turn, expand, runs_of
@@ -139,6 +140,20 @@ def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> 
     assert chains(second) == [[0, 2], [0, 2, 4]]
     assert [turn.gap_s for turn in first.turns] == [0.0, 2.5]
     assert first.scope == second.scope != ""
+
+
+@settings(max_examples=30)
+@given(sessions())
+def test_mooncake_lays_sessions_without_a_time_beside_one_another(found: list[Session]) -> None:
+    found = [replace(session, id=f"{n:02}-{session.id}") for n in range(40) for session in found]
+    reader = mooncake.Reader("f")
+    for line in mooncake.dump(found):
+        reader.feed(json.loads(line))
+    again = sorted(reader.sessions(), key=lambda s: s.id)
+    assert [list(map(told, s.turns)) for s in again] == [list(map(told, s.turns)) for s in found]
+    spans = [(round(1000 * (s.started_at or 0)), round(1000 * s.ends_s)) for s in again]
+    for begun, _ in spans:
+        assert sum(other <= begun < other + lasts for other, lasts in spans) <= SEATS
 
 
 def pair(
