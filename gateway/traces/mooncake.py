@@ -8,8 +8,10 @@ Otherwise a request goes on with the session whose last prompt it extends by all
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -29,10 +31,12 @@ def is_request(record: dict[str, Any]) -> bool:
 
 
 class Reader:
-    """The requests of one file, put together to sessions."""
+    """The requests of one file, put together to sessions. Those without an id get one that no other
+    file's have."""
 
-    def __init__(self, scope: str) -> None:
-        self._scope = scope
+    def __init__(self, path: str) -> None:
+        self._scope = path
+        self._file = hashlib.blake2s(os.path.realpath(path).encode(), digest_size=4).hexdigest()
         self._ids: dict[Any, int] = {}
         self._sessions: dict[str, Session] = {}
         self._chains: dict[str, Chain] = {}
@@ -89,7 +93,7 @@ class Reader:
             key = self._tails.get(block)
             if key is not None:
                 return key
-        return f"request-{len(self._sessions)}"
+        return f"request-{self._file}-{len(self._sessions)}"
 
     def _block_tokens(self) -> int:
         """The usual size that fits every prompt's number of blocks."""

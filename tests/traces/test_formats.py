@@ -123,10 +123,13 @@ def told(turn: Turn) -> tuple[float, ...]:
     return turn.at_s, turn.prompt_tokens, turn.output_tokens, turn.gap_s, turn.shared, turn.back
 
 
-def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> None:
-    def request(ms: int, tokens: int, ids: list[int]) -> dict[str, Any]:
-        return {"timestamp": ms, "input_length": tokens, "output_length": 5, "hash_ids": ids}
+def request(ms: int, tokens: int, ids: list[int], **more: Any) -> dict[str, Any]:
+    return {
+        "timestamp": ms, "input_length": tokens, "output_length": 5, "hash_ids": ids
+    } | more  # fmt: skip
 
+
+def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> None:
     path = written(
         tmp_path / "trace.jsonl",
         request(0, 1000, [0, 1]),
@@ -140,6 +143,26 @@ def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> 
     assert chains(second) == [[0, 2], [0, 2, 4]]
     assert [turn.gap_s for turn in first.turns] == [0.0, 2.5]
     assert first.scope == second.scope != ""
+
+
+def test_sessions_of_two_mooncake_files_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    files = [tmp_path / name / "trace.jsonl" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        written(file, request(0, 1000, [0, 1]), request(500, 900, [0, 2]))
+    trace = load(files)
+    assert (len(trace.sessions), trace.repeated) == (4, 0)
+    around = tmp_path / "b" / ".." / "a" / "trace.jsonl"
+    again = load([files[0], around])
+    assert (len(again.sessions), again.repeated) == (2, 2), "one file by two names"
+
+
+def test_a_session_that_two_mooncake_files_name_counts_once(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        written(file, request(0, 1000, [0, 1], session_id="x"))
+    trace = load(files)
+    assert ([s.id for s in trace.sessions], trace.repeated) == (["x"], 1)
 
 
 @settings(max_examples=30)
