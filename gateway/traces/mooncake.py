@@ -3,7 +3,8 @@
 
 The format knows no sessions. Where a line has ``session_id``, as AIPerf's reading of the format
 allows and `dump` writes, that is the session, and ``delay`` (ms) the client's wait before it.
-Otherwise a request goes on with the session whose last prompt it extends by all but its last block.
+Otherwise a request goes on with the session whose last prompt it extends by all but its last block,
+and a wait holds the response before it. What a session waited for is not told.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Reader:
         key = str(record["session_id"]) if "session_id" in record else self._extended(ids)
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(key, started_at=at_s, scope=self._scope)
+            session = self._sessions[key] = Session(
+                key, started_at=at_s, scope=self._scope, tells_waits=False
+            )
             self._chains[key] = Chain()
         assert session.started_at is not None
         if delay_s is not None:

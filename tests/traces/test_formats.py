@@ -14,6 +14,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.analysis.figures import figures
 from gateway.idle import IdleKind
 from gateway.traces import kv_cache_tester, mooncake
 from gateway.traces.families import SEATS
@@ -163,6 +164,18 @@ def test_a_session_that_two_mooncake_files_name_counts_once(tmp_path: Path) -> N
         written(file, request(0, 1000, [0, 1], session_id="x"))
     trace = load(files)
     assert ([s.id for s in trace.sessions], trace.repeated) == (["x"], 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"session_id": "x", "delay": 2_000}])
+def test_mooncake_tells_waits_but_not_what_they_were_for(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    lines = [request(0, 1000, [0, 1], **more), request(2_000, 1500, [0, 1, 2], **more)]
+    trace = load([written(tmp_path / "trace.jsonl", *lines)])
+    assert [turn.gap_s for turn in trace.sessions[0].turns] == [0.0, 2.0]
+    told = figures(trace)
+    assert told["waits"]["by_kind"] == {}
+    assert "tool_triggered_share" not in told["beside"]["here"]
 
 
 @settings(max_examples=30)
