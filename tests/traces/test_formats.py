@@ -221,6 +221,51 @@ def test_the_two_halves_of_a_turn_are_one(tmp_path: Path) -> None:
     assert (root.tool_tokens, root.system_tokens) == (100, 28)
 
 
+def compact(**more: Any) -> dict[str, Any]:
+    """A session of two turns, ``more`` of the second."""
+    first = {"t": 0.0, "k": "n", "m": 0, "in": 200, "out": 0, "n": 4, "s": 0, "r": [1, 4],
+             "it": "text", "ot": "text", "st": "end_turn", "a": 1.0}  # fmt: skip
+    second = first | {"t": 5.0, "in": 300, "s": 4, "r": [9, 1], "g": 4.0, "tf": 0.5, "sa": None}
+    return {"id": "x", "models": ["m"], "bs": 64, "tool": 100, "sys": 28, "subs": [],
+            "req": [first, second | more]}  # fmt: skip
+
+
+def original(**more: Any) -> dict[str, Any]:
+    """Likewise."""
+    first = {"t": 0.0, "type": "n", "model": "m", "in": 200, "out": 0, "hash_ids": [1, 2, 3],
+             "input_types": ["text"], "stop": "end_turn", "api_time": 1.0}  # fmt: skip
+    second = first | {"t": 5.0, "in": 300, "hash_ids": [1, 2, 3, 4], "think_time": 4.0, "ttft": 0.5}
+    return {"id": "x", "models": ["m"], "block_size": 64, "requests": [first, second | more]}
+
+
+HUGE = 1e308
+TIMES = ["5", HUGE, -5.0, True]
+COUNTS = ["5", HUGE, -5, 1 << 30, None]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(compact(**{name: value}) for name in ("t", "a", "tf", "g") for value in TIMES),
+        *(compact(**{name: value}) for name in ("in", "out", "s", "b") for value in COUNTS),
+        *(compact(r=runs) for runs in (["q", 2], [1.0, 2], [1], [1, -2], [1 << 63, 1], "ab")),
+        compact(b=0),
+        *(compact() | {"bs": size} for size in (0, -64, "64", HUGE)),
+        *(original(**{name: value}) for name in ("t", "api_time", "ttft") for value in TIMES),
+        *(original(think_time=value) for value in ("5", HUGE)),
+        *(original(**{name: value}) for name in ("in", "out") for value in COUNTS),
+        *(original(hash_ids=ids) for ids in (["1"], [1.5], [[1, 2]], [1 << 64], "ab")),
+        *(original() | {"block_size": size} for size in (-64, "64", HUGE)),
+    ],
+)
+def test_a_session_of_impossible_values_is_skipped(tmp_path: Path, record: dict[str, Any]) -> None:
+    fine = {**record, **(compact() if "req" in record else original()), "id": "y"}
+    path = written(tmp_path / "t.jsonl", record, fine)
+    trace = load([path])
+    assert [session.id for session in trace.sessions] == ["y"]
+    assert trace.problems.named == [f"{path}:1: a field of another type or value than expected"]
+
+
 CALL = {"session": "s", "turn": 0, "tool": "Bash", "args": "go test ./secret", "duration_s": 4.0}
 TURN = {"session": "s", "turn": 0, "ctx": 6_400, "out": 5, "gap_s": 4.1, "gap_kind": "tool", "t": 9}
 
@@ -423,6 +468,21 @@ def test_nothing_in_a_file_is_fatal(
     assert isinstance(trace, Trace)
     for session in trace.sessions:
         assert len(list(session.chains())) == len(session.turns)
+
+
+EXTREMES = st.sampled_from([HUGE, -1, 0, 1 << 63, -(1 << 70), 1e-308, True, "5"])
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@given(st.sampled_from([compact, original]), st.data())
+def test_whatever_a_field_holds_what_is_read_can_be_analysed(
+    tmp_path_factory: pytest.TempPathFactory, make: Any, data: st.DataObject
+) -> None:
+    record = make()
+    holder = data.draw(st.sampled_from([record, (record.get("req") or record["requests"])[1]]))
+    holder[data.draw(st.sampled_from(sorted(holder)))] = data.draw(EXTREMES | JUNK)
+    trace = load([written(tmp_path_factory.mktemp("junk") / "t.jsonl", record)])
+    json.dumps(figures(trace), allow_nan=False)
 
 
 @NEEDS_SHARED
