@@ -178,7 +178,7 @@ def compact_sessions(record: dict[str, Any]) -> list[Session]:
             Turn(
                 t_s - origins_s[agent],
                 _count(request["in"], MAX_TOKENS),
-                max(_count(request["out"], MAX_TOKENS), 1),
+                _count(request["out"], MAX_TOKENS),
                 shared=_count(request.get("sb", request["s"]), MAX_BLOCKS),
                 fresh=_merged(request["r"]),
                 back=_count(request.get("b", 1), MAX_BLOCKS, least=1),

@@ -266,6 +266,12 @@ def test_a_session_of_impossible_values_is_skipped(tmp_path: Path, record: dict[
     assert trace.problems.named == [f"{path}:1: a field of another type or value than expected"]
 
 
+@pytest.mark.parametrize("record", [compact(), original()])
+def test_an_answer_of_no_tokens_has_none(tmp_path: Path, record: dict[str, Any]) -> None:
+    (session,) = load([written(tmp_path / "t.jsonl", record)]).sessions
+    assert [turn.output_tokens for turn in session.turns] == [0, 0]
+
+
 CALL = {"session": "s", "turn": 0, "tool": "Bash", "args": "go test ./secret", "duration_s": 4.0}
 TURN = {"session": "s", "turn": 0, "ctx": 6_400, "out": 5, "gap_s": 4.1, "gap_kind": "tool", "t": 9}
 
