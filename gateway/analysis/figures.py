@@ -88,6 +88,7 @@ def _input(trace: Trace, sessions: list[Session]) -> Figures:
         "skipped_records": trace.problems.count,
         "problems": trace.problems.named,
         "unknown_files": len(trace.unknown),
+        "copied_files": trace.copies,
         "repeated_sessions": trace.repeated,
     }
 
@@ -149,6 +150,8 @@ def _prompts(sessions: list[Session]) -> Figures:
 def _waits(sessions: list[Session]) -> Figures:
     gaps: dict[str, list[float]] = defaultdict(list)
     for session in sessions:
+        if not session.tells_waits:
+            continue
         for before, turn in zip(session.turns, session.turns[1:], strict=False):
             if turn.gap_known:
                 gaps[before.idle_kind].append(turn.gap_s)

@@ -236,6 +236,8 @@ def _input(figures: Figures) -> Section:
     told = figures["input"]
     formats = ", ".join(f"{name} ({n} files)" for name, n in told["formats"].items())
     words = [f"Formats: {formats}."]
+    if told["copied_files"]:
+        words.append(f"{told['copied_files']:,} files were copies of others and count once.")
     if told["repeated_sessions"]:
         words.append(f"{told['repeated_sessions']:,} sessions were there twice and count once.")
     if told["unknown_files"]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from gateway.traces.families import SEATS, starts, tree
 from gateway.traces.session import Session
 
 MAX_WAIT_S: Final = 300.0
@@ -43,13 +44,13 @@ class Timeline:
     """Until when sessions wait for every seat that gets free."""
 
 
-def timeline(sessions: Sequence[Session], slots: int | None = None, default: int = 32) -> Timeline:
-    """The sessions' turns on one clock: the wall's if all have it and `slots` is None, else in
-    `slots` (or `default`) seats."""
-    clocked = all(s.started_at is not None or s.parent is not None for s in sessions)
+def timeline(sessions: Sequence[Session], slots: int | None = None) -> Timeline:
+    """The sessions' turns on one clock: the wall's if all but sub-agents have it and `slots` is
+    None, else in `slots` (or `SEATS`) seats."""
+    clocked = all(sessions[root].started_at is not None for root in tree(sessions)[None])
     if clocked and slots is None:
         return Timeline(_by_wall(sessions))
-    slots = slots or default
+    slots = slots or SEATS
     sent, full_s = _by_slots(sessions, slots)
     return Timeline(sent, wall_clock=False, slots=slots, full_s=full_s)
 
@@ -65,14 +66,10 @@ def _api_s(session: Session, k: int) -> float:
 
 
 def _by_wall(sessions: Sequence[Session]) -> list[Sent]:
-    starts = {s.id: s.started_at for s in sessions}
     sent = []
-    for number, session in enumerate(sessions):
-        start = session.started_at
-        if start is None:
-            start = (starts.get(session.parent or "") or 0.0) + session.start_s
+    for number, (session, start_s) in enumerate(zip(sessions, starts(sessions), strict=True)):
         for k, turn in enumerate(session.turns):
-            at_s = start + turn.at_s
+            at_s = start_s + turn.at_s
             sent.append(Sent(at_s, number, k, at_s + _api_s(session, k)))
     first_s = min((each.at_s for each in sent), default=0.0)
     moved = [Sent(s.at_s - first_s, s.session, s.turn, s.ends_s - first_s) for s in sent]
@@ -80,15 +77,8 @@ def _by_wall(sessions: Sequence[Session]) -> list[Sent]:
 
 
 def _by_slots(sessions: Sequence[Session], slots: int) -> tuple[list[Sent], float]:
-    numbers = {session.id: number for number, session in enumerate(sessions)}
-    children: dict[int, list[int]] = {}
-    roots = []
-    for number, session in enumerate(sessions):
-        parent = numbers.get(session.parent or "")
-        if parent is None or parent == number:
-            roots.append(number)
-        else:
-            children.setdefault(parent, []).append(number)
+    children = tree(sessions)
+    roots = list(children[None])
     random.Random(1).shuffle(roots)
     free = [0.05 * slot for slot in range(slots)]
     sent: list[Sent] = []
@@ -102,16 +92,12 @@ def _by_slots(sessions: Sequence[Session], slots: int) -> tuple[list[Sent], floa
 
 
 def _placed(
-    sessions: Sequence[Session], children: dict[int, list[int]], root: int, start_s: float
+    sessions: Sequence[Session], children: dict[int | None, list[int]], root: int, start_s: float
 ) -> list[Sent]:
     sent: list[Sent] = []
     todo = [(root, start_s)]
-    seen = set()
     while todo:
         number, now_s = todo.pop()
-        if number in seen:
-            continue
-        seen.add(number)
         session = sessions[number]
         ends = []
         for k, turn in enumerate(session.turns):

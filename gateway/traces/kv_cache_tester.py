@@ -16,10 +16,14 @@ import numpy as np
 import orjson
 
 from gateway.idle import IdleKind
+from gateway.traces.families import tree
+from gateway.traces.lines import MAX_TOKENS, count, number, tokens
 from gateway.traces.session import BLOCK_TOKENS, Blocks, Chain, Runs, Session, Turn
 
 MAX_BLOCKS: Final = 1 << 22
 """Of one prompt; a record that tells of more is taken as broken."""
+_IDS: Final = range(-(1 << 63), (1 << 63) - MAX_BLOCKS)
+"""Of blocks that a run may begin with."""
 
 
 def is_session(record: dict[str, Any]) -> bool:
@@ -45,10 +49,20 @@ def sessions(record: dict[str, Any], scope: str) -> list[Session]:
 def _session(record: dict[str, Any], name: str) -> Session:
     return Session(
         name,
-        block_tokens=int(record.get("block_size") or BLOCK_TOKENS),
-        tool_tokens=int(record.get("tool_tokens") or 0),
-        system_tokens=int(record.get("system_tokens") or 0),
+        block_tokens=_within(record.get("block_size") or BLOCK_TOKENS, MAX_TOKENS, least=1),
+        tool_tokens=tokens(record.get("tool_tokens")),
+        system_tokens=tokens(record.get("system_tokens")),
     )
+
+
+def _within(value: Any, most: int, least: int = 0) -> int:
+    if not least <= number(value) <= most:
+        raise ValueError
+    return int(value)
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value is None else number(value)
 
 
 def _turns(
@@ -65,7 +79,7 @@ def _turns(
             child.scope, child.parent = session.scope, session.id
             child.agent_type = str(request.get("subagent_type") or "")
             inner = [r for r in request["requests"] if r["type"] != "subagent"]
-            begins_s = float(inner[0]["t"] if inner else request["t"])
+            begins_s = number(inner[0]["t"] if inner else request["t"])
             child.start_s = round(begins_s - origin_s, 6)
             children.append(child)
             child.turns = _turns(request["requests"], child, children, begins_s)
@@ -74,17 +88,17 @@ def _turns(
             first = request
             continue
         begun = first or request
-        begun_s, t_s = float(begun["t"]), float(request["t"])
-        api_s = request.get("api_time")
+        begun_s, t_s = number(begun["t"]), number(request["t"])
+        api_s = _seconds(request.get("api_time"))
         turns.append(
             Turn(
                 round(begun_s - origin_s, 6),
-                int(request["in"]),
-                int(request["out"]),
-                gap_s=max(0.0, float(begun.get("think_time") or 0.0)) if turns else 0.0,
+                count(request["in"]),
+                count(request["out"]),
+                gap_s=number(max(0.0, begun.get("think_time") or 0.0)) if turns else 0.0,
                 gap_known=not turns or begun.get("think_time") is not None,
-                api_s=None if api_s is None else round(t_s - begun_s + float(api_s), 6),
-                first_token_s=begun.get("ttft"),
+                api_s=None if api_s is None else round(max(0.0, t_s - begun_s) + api_s, 6),
+                first_token_s=_seconds(begun.get("ttft")),
                 idle_kind=_idle(_stop(begun, request), after is not None and _answers(after)),
                 stop=_stop(begun, request),
                 model=str(request.get("model") or ""),
@@ -96,6 +110,8 @@ def _turns(
 
 
 def _ids(ids: list[int]) -> Blocks:
+    if not set(map(type, ids)) <= {int}:
+        raise ValueError
     try:
         return np.array(ids, np.int64)
     except OverflowError:  # unsigned hashes
@@ -128,48 +144,49 @@ def _idle(stop: str, answered: bool) -> IdleKind:
 def compact_sessions(record: dict[str, Any]) -> list[Session]:
     """A session in the compact form, and its sub-agents."""
     name, models, agents = str(record["id"]), record["models"], record["subs"]
+    block_tokens = _within(record["bs"], MAX_TOKENS, least=1)
     root = Session(
         name,
-        block_tokens=record["bs"],
-        tool_tokens=record["tool"],
-        system_tokens=record["sys"],
+        block_tokens=block_tokens,
+        tool_tokens=tokens(record["tool"]),
+        system_tokens=tokens(record["sys"]),
     )
     streams: dict[int | None, Session] = {None: root}
     origins_s = {None: 0.0}
     for request in record["req"]:
-        agent = request.get("sa")
+        agent, t_s = request.get("sa"), number(request["t"])
         if agent not in streams:
             known = agents[agent]
-            origins_s[agent] = request["t"]
+            origins_s[agent] = t_s
             streams[agent] = Session(
                 f"{name}/{known['agent_id']}",
                 parent=name,
-                agent_type=known.get("subagent_type") or "",
-                start_s=request["t"],
-                block_tokens=record["bs"],
-                tool_tokens=known.get("tool") or 0,
-                system_tokens=known.get("sys") or 0,
+                agent_type=str(known.get("subagent_type") or ""),
+                start_s=t_s,
+                block_tokens=block_tokens,
+                tool_tokens=tokens(known.get("tool")),
+                system_tokens=tokens(known.get("sys")),
             )
         named = models if agent is None else agents[agent]["models"]
-        model = request["m"]
+        model, stop = request["m"], str(request["st"])
         turns = streams[agent].turns
         if turns and not turns[-1].stop and request["it"] == "tool_result":
             turns[-1] = replace(turns[-1], idle_kind="tool")
         turns.append(
             Turn(
-                request["t"] - origins_s[agent],
-                request["in"],
-                max(request["out"], 1),
-                shared=request.get("sb", request["s"]),
+                t_s - origins_s[agent],
+                count(request["in"]),
+                count(request["out"]),
+                shared=_within(request.get("sb", request["s"]), MAX_BLOCKS),
                 fresh=_merged(request["r"]),
-                back=request.get("b", 1),
-                gap_s=request.get("g", 0.0) if turns else 0.0,
+                back=_within(request.get("b", 1), MAX_BLOCKS, least=1),
+                gap_s=number(request.get("g", 0.0)) if turns else 0.0,
                 gap_known=not turns or "g" in request,
-                api_s=request.get("a"),
-                first_token_s=request.get("tf"),
-                idle_kind=_idle(request["st"], False),
-                stop=request["st"],
-                model=named[model] if model is not None and model < len(named) else "",
+                api_s=_seconds(request.get("a")),
+                first_token_s=_seconds(request.get("tf")),
+                idle_kind=_idle(stop, False),
+                stop=stop,
+                model=str(named[model]) if model is not None and model < len(named) else "",
             )
         )
     if len(streams) > 1:
@@ -179,11 +196,15 @@ def compact_sessions(record: dict[str, Any]) -> list[Session]:
 
 
 def _merged(flat: list[int]) -> Runs:
+    if not set(map(type, flat)) <= {int}:
+        raise ValueError
     starts, counts = flat[::2], flat[1::2]
-    if any(count < 0 for count in counts) or sum(counts) > MAX_BLOCKS:
+    if not all(start in _IDS for start in starts):
+        raise ValueError
+    if any(length < 0 for length in counts) or sum(counts) > MAX_BLOCKS:
         raise ValueError
     pairs = zip(starts, counts, strict=True)
-    return tuple(n for start, count in pairs if count for n in (start, count))
+    return tuple(n for start, length in pairs if length for n in (start, length))
 
 
 _STOP: Final = {"tool": "tool_use", "human": "end_turn", "background": "end_turn", "ended": ""}
@@ -196,19 +217,14 @@ def dump(sessions: Iterable[Session]) -> list[tuple[str, bytes]]:
     but ``tool`` and ``human``.
     """
     everything = list(sessions)
-    below: dict[str, list[Session]] = {}
-    for session in everything:
-        if session.parent is not None:
-            below.setdefault(session.parent, []).append(session)
-    here = {session.id for session in everything}
-    return [
-        (session.id, orjson.dumps(_record(session, below)))
-        for session in everything
-        if session.parent is None or session.parent not in here
-    ]
+    below = {
+        None if n is None else everything[n].id: [everything[child] for child in children]
+        for n, children in tree(everything).items()
+    }
+    return [(session.id, orjson.dumps(_record(session, below))) for session in below[None]]
 
 
-def _record(session: Session, below: dict[str, list[Session]]) -> dict[str, Any]:
+def _record(session: Session, below: dict[str | None, list[Session]]) -> dict[str, Any]:
     return {
         "id": session.id,
         "models": sorted({turn.model for turn in session.turns}),
@@ -221,7 +237,7 @@ def _record(session: Session, below: dict[str, list[Session]]) -> dict[str, Any]
 
 
 def _requests(
-    session: Session, below: dict[str, list[Session]], origin_s: float
+    session: Session, below: dict[str | None, list[Session]], origin_s: float
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     before: Turn | None = None

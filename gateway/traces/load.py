@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +81,8 @@ class Trace:
     """Files of each format."""
     unknown: list[Path] = field(default_factory=list)
     """Files of no known format."""
+    copies: int = 0
+    """Files left out, as one of the same content was there."""
     repeated: int = 0
     """Sessions left out, as one of the same id was there."""
     problems: Problems = field(default_factory=Problems)
@@ -104,21 +108,44 @@ def files_of(paths: Iterable[Path]) -> list[Path]:
 
 def load(paths: Iterable[Path], read: Callable[[int], None] | None = None) -> Trace:
     """The sessions of traces. Records that cannot be read are counted in ``problems``, of a file of
-    no known format only that it is torn or damaged; sessions of an id seen before are left out.
-    ``read`` is told of bytes as they are read.
+    no known format only that it is torn or damaged; copies of files and sessions of an id seen
+    before are left out. ``read`` is told of bytes as they are read.
 
     Raises:
         TraceError: a path is not there or cannot be read.
     """
     trace = Trace()
     everything = _Everything(trace)
-    for path in files_of(paths):
+    files = files_of(paths)
+    try:
+        originals = _originals(files)
+    except OSError as error:
+        raise TraceError(f"{error.filename}: {error.strerror}") from None
+    trace.copies = len(files) - len(originals)
+    for path in originals:
         try:
             everything.read(path, read)
         except OSError as error:
             raise TraceError(f"{path}: {error.strerror or error}") from None
     everything.finish()
     return trace
+
+
+def _originals(files: list[Path]) -> list[Path]:
+    """The files without those that are another one byte for byte."""
+    sizes = Counter(path.stat().st_size for path in files)
+    found: list[Path] = []
+    seen: set[str] = set()
+    for path in files:
+        size = path.stat().st_size
+        if size and sizes[size] > 1:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "blake2b").hexdigest()
+            if content in seen:
+                continue
+            seen.add(content)
+        found.append(path)
+    return found
 
 
 class _Everything:

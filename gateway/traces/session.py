@@ -113,6 +113,9 @@ class Session:
     scope: str = ""
     tool_tokens: int = 0
     system_tokens: int = 0
+    tells_waits: bool = True
+    """False where the trace does not tell what its waits were for: its turns' `idle_kind` then only
+    stands in, and `gap_s` may hold the response before the wait."""
 
     @property
     def ends_s(self) -> float:

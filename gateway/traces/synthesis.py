@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.idle import IdleKind
+from gateway.traces.families import SEATS, tree
 from gateway.traces.session import Blocks, Call, Runs, Session, Turn, common_prefix, runs_of
 
 SMOOTHING: Final = 0.01
@@ -46,8 +47,6 @@ MOST_LIKE: Final = 16
 LIKE_KEPT: Final = 4_096
 PROGRESS_WEIGHT: Final = 0.3
 """Of the part of its session that a step has behind it, beside the logarithm of its prompt."""
-SEATS: Final = 32
-"""Sessions at once where the trace does not tell when they began."""
 SCOPE: Final = "synthetic"
 START: Final = "start"
 
@@ -500,22 +499,17 @@ def _call(call: Call, stretch: float, named: dict[str, str]) -> Call:
 
 def _sources(sessions: list[Session]) -> list[_Source]:
     """The sessions with what follows from the whole trace."""
-    numbers = {session.id: number for number, session in enumerate(sessions)}
-    parents = [numbers.get(session.parent or "") for session in sessions]
-    found = []
-    for number, session in enumerate(sessions):
-        above = [number]
-        while (parent := parents[above[-1]]) is not None and parent not in above:
-            above.append(parent)
-        if parent is not None:  # a ring: nobody's sub-agent
-            parents[number] = None
-            above = [number]
-        found.append(_Source(number, session, root=above[-1], depth=len(above) - 1))
-    for source, parent in zip(found, parents, strict=True):
-        if parent is not None and found[parent].depth == source.depth - 1:
-            times = [turn.at_s for turn in sessions[parent].turns]
-            at = max(0, bisect_right(times, source.session.start_s) - 1)
-            found[parent].children.setdefault(at, []).append(source.number)
+    below = tree(sessions)
+    found = [_Source(n, session, root=n, depth=0) for n, session in enumerate(sessions)]
+    reached = list(below[None])
+    for n in reached:
+        parent = found[n]
+        times = [turn.at_s for turn in parent.session.turns]
+        for child in below.get(n, ()):
+            found[child].root, found[child].depth = parent.root, parent.depth + 1
+            at = max(0, bisect_right(times, sessions[child].start_s) - 1)
+            parent.children.setdefault(at, []).append(child)
+            reached.append(child)
     return found
 
 

@@ -54,7 +54,7 @@ class _Record:
             None if told("t") is None else number(told("t")),
             _seconds(told("api_s")),
             count(record["ctx"]),
-            max(count(record["out"]), 1),
+            count(record["out"]),
             None if told("cache_read") is None else tokens(told("cache_read")),
             _seconds(told("gap_s")) or 0.0,
             "tool" if told("gap_kind", "tool") == "tool" else "human",

@@ -14,8 +14,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.analysis.figures import figures
 from gateway.idle import IdleKind
 from gateway.traces import kv_cache_tester, mooncake
+from gateway.traces.families import SEATS
 from gateway.traces.lines import TraceError
 from gateway.traces.load import Trace, load
 from gateway.traces.session import Chain, Session, Turn, expand, runs_of
@@ -122,10 +124,13 @@ def told(turn: Turn) -> tuple[float, ...]:
     return turn.at_s, turn.prompt_tokens, turn.output_tokens, turn.gap_s, turn.shared, turn.back
 
 
-def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> None:
-    def request(ms: int, tokens: int, ids: list[int]) -> dict[str, Any]:
-        return {"timestamp": ms, "input_length": tokens, "output_length": 5, "hash_ids": ids}
+def request(ms: int, tokens: int, ids: list[int], **more: Any) -> dict[str, Any]:
+    return {
+        "timestamp": ms, "input_length": tokens, "output_length": 5, "hash_ids": ids
+    } | more  # fmt: skip
 
+
+def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> None:
     path = written(
         tmp_path / "trace.jsonl",
         request(0, 1000, [0, 1]),
@@ -139,6 +144,52 @@ def test_mooncake_without_sessions_is_put_together_by_prefix(tmp_path: Path) -> 
     assert chains(second) == [[0, 2], [0, 2, 4]]
     assert [turn.gap_s for turn in first.turns] == [0.0, 2.5]
     assert first.scope == second.scope != ""
+
+
+def test_sessions_of_two_mooncake_files_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    files = [tmp_path / name / "trace.jsonl" for name in ("a", "b")]
+    for n, file in enumerate(files):
+        file.parent.mkdir()
+        written(file, request(n, 1000, [0, 1]), request(500, 900, [0, 2]))
+    trace = load(files)
+    assert (len(trace.sessions), trace.repeated) == (4, 0)
+    around = tmp_path / "b" / ".." / "a" / "trace.jsonl"
+    again = load([files[0], around])
+    assert (len(again.sessions), again.copies) == (2, 1), "one file by two names"
+
+
+def test_a_session_that_two_mooncake_files_name_counts_once(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for n, file in enumerate(files):
+        written(file, request(n, 1000, [0, 1], session_id="x"))
+    trace = load(files)
+    assert ([s.id for s in trace.sessions], trace.repeated) == (["x"], 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"session_id": "x", "delay": 2_000}])
+def test_mooncake_tells_waits_but_not_what_they_were_for(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    lines = [request(0, 1000, [0, 1], **more), request(2_000, 1500, [0, 1, 2], **more)]
+    trace = load([written(tmp_path / "trace.jsonl", *lines)])
+    assert [turn.gap_s for turn in trace.sessions[0].turns] == [0.0, 2.0]
+    told = figures(trace)
+    assert told["waits"]["by_kind"] == {}
+    assert "tool_triggered_share" not in told["beside"]["here"]
+
+
+@settings(max_examples=30)
+@given(sessions())
+def test_mooncake_lays_sessions_without_a_time_beside_one_another(found: list[Session]) -> None:
+    found = [replace(session, id=f"{n:02}-{session.id}") for n in range(40) for session in found]
+    reader = mooncake.Reader("f")
+    for line in mooncake.dump(found):
+        reader.feed(json.loads(line))
+    again = sorted(reader.sessions(), key=lambda s: s.id)
+    assert [list(map(told, s.turns)) for s in again] == [list(map(told, s.turns)) for s in found]
+    spans = [(round(1000 * (s.started_at or 0)), round(1000 * s.ends_s)) for s in again]
+    for begun, _ in spans:
+        assert sum(other <= begun < other + lasts for other, lasts in spans) <= SEATS
 
 
 def pair(
@@ -168,6 +219,57 @@ def test_the_two_halves_of_a_turn_are_one(tmp_path: Path) -> None:
     ]
     assert (child.parent, child.agent_type, child.start_s) == ("x", "Explore", 8.0)
     assert (root.tool_tokens, root.system_tokens) == (100, 28)
+
+
+def compact(**more: Any) -> dict[str, Any]:
+    """A session of two turns, ``more`` of the second."""
+    first = {"t": 0.0, "k": "n", "m": 0, "in": 200, "out": 0, "n": 4, "s": 0, "r": [1, 4],
+             "it": "text", "ot": "text", "st": "end_turn", "a": 1.0}  # fmt: skip
+    second = first | {"t": 5.0, "in": 300, "s": 4, "r": [9, 1], "g": 4.0, "tf": 0.5, "sa": None}
+    return {"id": "x", "models": ["m"], "bs": 64, "tool": 100, "sys": 28, "subs": [],
+            "req": [first, second | more]}  # fmt: skip
+
+
+def original(**more: Any) -> dict[str, Any]:
+    """Likewise."""
+    first = {"t": 0.0, "type": "n", "model": "m", "in": 200, "out": 0, "hash_ids": [1, 2, 3],
+             "input_types": ["text"], "stop": "end_turn", "api_time": 1.0}  # fmt: skip
+    second = first | {"t": 5.0, "in": 300, "hash_ids": [1, 2, 3, 4], "think_time": 4.0, "ttft": 0.5}
+    return {"id": "x", "models": ["m"], "block_size": 64, "requests": [first, second | more]}
+
+
+HUGE = 1e308
+TIMES = ["5", HUGE, -5.0, True]
+COUNTS = ["5", HUGE, -5, 1 << 30, None]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(compact(**{name: value}) for name in ("t", "a", "tf", "g") for value in TIMES),
+        *(compact(**{name: value}) for name in ("in", "out", "s", "b") for value in COUNTS),
+        *(compact(r=runs) for runs in (["q", 2], [1.0, 2], [1], [1, -2], [1 << 63, 1], "ab")),
+        compact(b=0),
+        *(compact() | {"bs": size} for size in (0, -64, "64", HUGE)),
+        *(original(**{name: value}) for name in ("t", "api_time", "ttft") for value in TIMES),
+        *(original(think_time=value) for value in ("5", HUGE)),
+        *(original(**{name: value}) for name in ("in", "out") for value in COUNTS),
+        *(original(hash_ids=ids) for ids in (["1"], [1.5], [[1, 2]], [1 << 64], "ab")),
+        *(original() | {"block_size": size} for size in (-64, "64", HUGE)),
+    ],
+)
+def test_a_session_of_impossible_values_is_skipped(tmp_path: Path, record: dict[str, Any]) -> None:
+    fine = {**record, **(compact() if "req" in record else original()), "id": "y"}
+    path = written(tmp_path / "t.jsonl", record, fine)
+    trace = load([path])
+    assert [session.id for session in trace.sessions] == ["y"]
+    assert trace.problems.named == [f"{path}:1: a field of another type or value than expected"]
+
+
+@pytest.mark.parametrize("record", [compact(), original()])
+def test_an_answer_of_no_tokens_has_none(tmp_path: Path, record: dict[str, Any]) -> None:
+    (session,) = load([written(tmp_path / "t.jsonl", record)]).sessions
+    assert [turn.output_tokens for turn in session.turns] == [0, 0]
 
 
 CALL = {"session": "s", "turn": 0, "tool": "Bash", "args": "go test ./secret", "duration_s": 4.0}
@@ -425,6 +527,21 @@ def test_nothing_in_a_file_is_fatal(
     assert isinstance(trace, Trace)
     for session in trace.sessions:
         assert len(list(session.chains())) == len(session.turns)
+
+
+EXTREMES = st.sampled_from([HUGE, -1, 0, 1 << 63, -(1 << 70), 1e-308, True, "5"])
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@given(st.sampled_from([compact, original]), st.data())
+def test_whatever_a_field_holds_what_is_read_can_be_analysed(
+    tmp_path_factory: pytest.TempPathFactory, make: Any, data: st.DataObject
+) -> None:
+    record = make()
+    holder = data.draw(st.sampled_from([record, (record.get("req") or record["requests"])[1]]))
+    holder[data.draw(st.sampled_from(sorted(holder)))] = data.draw(EXTREMES | JUNK)
+    trace = load([written(tmp_path_factory.mktemp("junk") / "t.jsonl", record)])
+    json.dumps(figures(trace), allow_nan=False)
 
 
 @NEEDS_SHARED

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import zstandard
 
+from gateway.analysis.figures import figures
+from gateway.analysis.report import markdown
 from gateway.traces.load import load
 
 TURN: dict[str, Any] = {"session": "s", "ctx": 640, "out": 1}
@@ -79,3 +81,18 @@ def test_a_rollout_that_does_not_name_its_thread_is_a_problem(tmp_path: Path) ->
     assert trace.problems.named == [f"{path}:1: 'session_meta' is missing"]
     path.write_bytes(jsonl(entry("session_meta", id="t"), said, usage))
     assert [session.id for session in load([path]).sessions] == ["t"]
+
+
+def test_a_copy_of_a_file_is_left_out_and_counted(tmp_path: Path) -> None:
+    records = jsonl(TURN, TURN | {"ctx": 1280})
+    (tmp_path / "a.jsonl").write_bytes(records)
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup" / "copy.jsonl").write_bytes(records)
+    (tmp_path / "other.jsonl").write_bytes(jsonl(TURN | {"session": "t"}, TURN | {"ctx": 1290}))
+    trace = load([tmp_path])
+    assert {s.id: [t.prompt_tokens for t in s.turns] for s in trace.sessions} == {
+        "s": [640, 1280, 1290],
+        "t": [640],
+    }
+    assert trace.copies == 1
+    assert "1 files were copies of others" in markdown(figures(trace))
