@@ -1,9 +1,10 @@
 """Rounds of TraceLab, one model call a line (uw-syfi/TraceLab, ``syfi_coding_trace.jsonl``): token
 counts, the times of its events, its tool calls without their arguments.
 
-Fields as its README and example sessions have them; a row may be there more than once. Blocks are
-made up from the prompts' lengths (`gateway.traces.session.Growing`); a call lasts until its result
-is there, a person's permission included.
+Fields as its README and example sessions have them. A round may be there more than once, in a
+fork's copied history as well, and counts where it is first. Blocks are made up from the prompts'
+lengths (`gateway.traces.session.Growing`); a call lasts until its result is there, a person's
+permission included.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Reader:
         found = _Round.of(record)
         names = (record.get("project"), record.get("session_file"), record["session_id"])
         session = "/".join(str(name) for name in names if name)
-        key = hash((session, found.index, record.get("round_id")))
+        key = hash(record.get("round_id") or (session, found.index))
         if key in self._seen:
             return
         self._seen.add(key)

@@ -328,7 +328,7 @@ ROUNDS = [
 
 
 def test_rounds_of_tracelab_become_sessions(tmp_path: Path) -> None:
-    codex = ROUNDS[0] | {"provider": "codex", "session_id": "codex:a611041f"}
+    codex = ROUNDS[0] | {"provider": "codex", "session_id": "codex:a611041f", "round_id": "491f:0"}
     shuffled = [ROUNDS[2], ROUNDS[0], codex, ROUNDS[3], ROUNDS[1], ROUNDS[0], {"session_id": "x"}]
     broken = ROUNDS[0] | {"round_id": "msg_9", "round_index": 9, "timing_events": []}
     trace = load([written(tmp_path / "a.jsonl", *shuffled, broken)])
@@ -380,9 +380,16 @@ def test_a_wait_that_tracelab_does_not_tell_is_not_known(tmp_path: Path) -> None
     ]
 
 
+def test_what_a_fork_of_tracelab_copied_is_its_first_sessions(tmp_path: Path) -> None:
+    copied = [each | {"session_id": "claude:fork"} for each in ROUNDS[:2]]
+    own = ROUNDS[2] | {"session_id": "claude:fork", "round_id": "msg_y"}
+    first, fork = load([written(tmp_path / "a.jsonl", *ROUNDS[:2], *copied, own)]).sessions
+    assert (len(first.turns), len(fork.turns)) == (2, 1)
+
+
 def test_sessions_of_tracelab_are_told_apart_by_project_and_times_are_utc(tmp_path: Path) -> None:
     naive = [e | {"timestamp": e["timestamp"].rstrip("Z")} for e in ROUNDS[0]["timing_events"]]
-    other = ROUNDS[0] | {"project": "project_2", "timing_events": naive}
+    other = ROUNDS[0] | {"project": "project_2", "round_id": "msg_x", "timing_events": naive}
     one, two = load(
         [written(tmp_path / f"{n}.jsonl", record) for n, record in enumerate((ROUNDS[0], other))]
     ).sessions
