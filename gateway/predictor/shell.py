@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from gateway.predictor.shell_words import (
+    AGENTS,
     HAS_SUBCOMMAND,
     HEAVY,
     HEAVY_PROGRAMS,
@@ -56,7 +57,7 @@ _HERE: Final = re.compile(
     r"(?<!<)<<(?!<)(-?)[ \t]*((?:'[^'\n]*'|\"[^\"\n]*\"|\\.|[^\s'\"\\;&|<>()])++)"
 )
 _QUOTING: Final = re.compile(r"['\"\\]")
-_PROGRAMS: Final = KNOWN | {"", "script", UNKNOWN}
+_PROGRAMS: Final = KNOWN | AGENTS | {"", "script", UNKNOWN}
 _SUBS: Final = (
     SUBCOMMANDS
     | {word for sub in SUBCOMMANDS for word in sub.split(":")}
@@ -113,8 +114,8 @@ def safe_word(word: str) -> str:
 
 @lru_cache(maxsize=4096)
 def well_known(program: str, sub: str) -> tuple[str, str]:
-    """What of a command may be written where others may read it: program and subcommand if they are
-    well-known ones. Any other word that was found may be one of a file or an argument."""
+    """What of a call may be written where others may read it: a program, or a sub-agent's type, and
+    a subcommand if they are well-known ones. Any other word may be one of a file or an argument."""
     if program not in _PROGRAMS:
         return UNKNOWN, ""
     return program, sub if all(word in _SUBS for word in sub.split(":")) else UNKNOWN

@@ -139,3 +139,10 @@ OPTION_VALUES: Final = words(
     """
 )
 """Options before a subcommand whose value is the next word."""
+AGENTS: Final = words(
+    """
+    general-purpose general explore plan fork statusline-setup claude-code-guide default explorer
+    worker
+    """
+)
+"""Types of sub-agents that Claude Code, Codex and OpenCode bring along, in lower case."""

@@ -184,6 +184,7 @@ def test_hostile_commands_cost_a_millisecond_at_most(text: str) -> None:
         ("make", "hunter", ("make", UNKNOWN)),
         ("python3", "inline", ("python3", "inline")),
         ("script", "", ("script", "")),
+        ("general-purpose", "", ("general-purpose", "")),
         ("", "", ("", "")),
         ("hunter", "is", (UNKNOWN, "")),
     ],
