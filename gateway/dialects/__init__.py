@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from secrets import token_hex
 from typing import Literal
 
 import msgspec
@@ -137,31 +138,52 @@ def splice_model(body: bytes, model: str, served: str) -> bytes:
     )
 
 
-_HINTS_KEY = b"".join(b"(?:%c|\\\\u00(?i:%02x))" % (c, c) for c in b"kv_hints")
+_HINTS_KEY = re.compile(
+    b'"' + b"".join(b"(?:%c|\\\\u00(?i:%02x))" % (c, c) for c in b"kv_hints") + rb'"\s*:\s*'
+)
 """``kv_hints`` as JSON may spell it: each character as it is or as its escape."""
+MAX_HINTS = 4
+"""A body may hold the field so often, nested ones of the same value aside."""
+MAX_HINT_PLACES = 16
+"""Places that spell it with its value, from the body's end, are tried so far."""
 
 
 def without_hints(body: bytes) -> bytes:
-    """``body`` without its top-level ``"kv_hints"``; every other byte stays.
+    """``body`` without its top-level ``"kv_hints"``; every other byte stays. Linear in the body.
 
-    As in `splice_model`, each place that spells the field is tried and the result read back. Raises
-    `MalformedRequestError` after `MAX_SPLICE_TRIES` wrong places.
+    Raises `MalformedRequestError` if the field is there more than `MAX_HINTS` times, or
+    `MAX_HINT_PLACES` of that value stand behind it.
     """
-    while len(value := bytes(_essentials(body).kv_hints)):
+    for _ in range(MAX_HINTS):
+        value = bytes(_essentials(body).kv_hints)
+        if not value:
+            return body
         body = _without_field(body, value)
+    if len(_essentials(body).kv_hints):
+        raise _hints_stay()
     return body
 
 
 def _without_field(body: bytes, value: bytes) -> bytes:
-    field = b'"' + _HINTS_KEY + rb'"\s*:\s*' + re.escape(value)
-    places = re.finditer(rb"\s*,\s*" + field + rb"|" + field + rb"\s*,?", body)
-    for place in islice(places, MAX_SPLICE_TRIES):
-        spliced = body[: place.start()] + body[place.end() :]
+    """The body without the field whose value counts, the last. Each place that spells it is tried
+    with another value, which then is the one that is read if it is this field."""
+    keys = (key.span() for key in _HINTS_KEY.finditer(body) if body.startswith(value, key.end()))
+    mark = b'"%b"' % token_hex(8).encode()
+    for start, at in reversed(deque(keys, maxlen=MAX_HINT_PLACES)):
+        end = at + len(value)
         try:
-            if bytes(_essentials(spliced).kv_hints) != value:
-                return spliced
+            found = bytes(_essentials(b"".join((body[:at], mark, body[end:]))).kv_hints) == mark
         except MalformedRequestError:
             continue
-    raise MalformedRequestError(
+        if found:
+            before = body[:start].rstrip()
+            if before.endswith(b","):
+                return before[:-1].rstrip() + body[end:]
+            return body[:start] + body[end:].lstrip().removeprefix(b",")
+    raise _hints_stay()
+
+
+def _hints_stay() -> MalformedRequestError:
+    return MalformedRequestError(
         "kv_hints: could not be taken out of the body; only trusted tenants may send hints"
     )
