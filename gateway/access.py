@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from gateway.config import AccessSettings, hash_key
+from gateway.config import KEY_PREFIX, AccessSettings, hash_key
 from gateway.errors import GatewayError
 
 Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
@@ -100,7 +100,7 @@ class Access:
 
 def new_key(tenant: str) -> tuple[str, str]:
     """A new random key (256 bits) and the line for `access.api_keys_file` that admits it."""
-    key = f"cw-{secrets.token_urlsafe(32)}"
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
     return key, f"{tenant}: {hash_key(key)}"
 
 

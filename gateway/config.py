@@ -90,6 +90,16 @@ class _Model(BaseModel):
     )
 
 
+def _for_a_header(value: SecretStr | None) -> SecretStr | None:
+    """Without the newline that files of secrets end with."""
+    if value is None:
+        return None
+    plain = value.get_secret_value().strip()
+    if not plain.isascii() or not plain.isprintable() or not plain:
+        raise ValueError("is not of printable ASCII characters")
+    return SecretStr(plain)
+
+
 class PodSettings(_Model):
     url: str = Field(json_schema_extra=_allowed("http://HOST[:PORT] or https://HOST[:PORT]"))
     """Address of the pod's HTTP server; a trailing `/v1` is dropped."""
@@ -107,6 +117,11 @@ class PodSettings(_Model):
         default=None, json_schema_extra=_allowed("tcp://HOST:PORT, with kv_events")
     )
     """Where it replays those that were missed (`replay_endpoint`)."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        return _for_a_header(value)
 
     @field_validator("kv_events", "kv_events_replay")
     @classmethod
@@ -304,6 +319,11 @@ class HintSettings(_Model):
     )
     """Tenants whose own hints reach the pods; those of all others are taken out."""
 
+    @field_validator("token")
+    @classmethod
+    def _in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        return _for_a_header(value)
+
 
 class RelaySettings(_Model):
     connect_timeout_s: Seconds = 5.0
@@ -402,6 +422,8 @@ class ProbeSettings(_Model):
     """Failed probes in a row after which a pod gets no turns."""
 
 
+KEY_PREFIX: Final = "cw-"
+"""How the keys begin that `cachewise keys new` makes."""
 TENANT: Final = re.compile(r"[\w.@/-]{1,64}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -457,11 +479,16 @@ class AccessSettings(_Model):
     pod_api_key: SecretStr | None = None
     """Key sent to pods that have none of their own."""
 
+    @field_validator("admin_token", "pod_api_key")
+    @classmethod
+    def _in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        return _for_a_header(value)
+
     @field_validator("api_keys_file")
     @classmethod
     def _readable(cls, value: Path | None) -> Path | None:
-        if value is not None:
-            parse_api_keys(_read(value))
+        if value is not None and not parse_api_keys(_read(value)):
+            raise ValueError("holds no key; without the setting every client is let in")
         return value
 
     @field_validator("api_keys", mode="before")
@@ -473,17 +500,22 @@ class AccessSettings(_Model):
         file = info.data.get("api_keys_file")
         from_file = parse_api_keys(_read(file)) if file else {}
         hashed: dict[str, dict[str, None]] = {}
+        owners: dict[str, str] = {}
         for keys in (from_file, given):
             for tenant, secrets in keys.items():
+                if str(tenant).startswith(KEY_PREFIX):
+                    raise ValueError("holds a key where a tenant is to be")
                 if not TENANT.fullmatch(str(tenant)):
                     raise ValueError("holds a tenant that is not of letters, digits and . _ - @ /")
                 for secret in [secrets] if isinstance(secrets, str | SecretStr) else secrets:
                     plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
                     if not isinstance(plain, str) or len(plain) < 16:
-                        raise ValueError(f"holds a key of tenant {tenant!r} that is too short")
+                        raise ValueError("holds a key that is too short")
                     stored = plain.lower() if plain.startswith("sha256:") else hash_key(plain)
                     if not _DIGEST.fullmatch(stored):
-                        raise ValueError(f"holds a hash of tenant {tenant!r} that is not SHA-256")
+                        raise ValueError("holds a hash that is not SHA-256")
+                    if owners.setdefault(stored, tenant) != tenant:
+                        raise ValueError("holds one key for two tenants")
                     hashed.setdefault(str(tenant), {})[stored] = None
         return {tenant: tuple(digests) for tenant, digests in hashed.items()}
 
@@ -624,8 +656,9 @@ class Settings(BaseSettings):
     @field_validator("pods")
     @classmethod
     def _distinct(cls, value: tuple[PodSettings, ...]) -> tuple[PodSettings, ...]:
-        for what, seen in (("url", [p.url for p in value]), ("name", [p.name for p in value])):
-            twice = {item for item in seen if item is not None and seen.count(item) > 1}
+        urls, names = [p.url for p in value], [p.name or p.url.partition("://")[2] for p in value]
+        for what, seen in (("url", urls), ("name", names)):
+            twice = {item for item in seen if seen.count(item) > 1}
             if twice:
                 raise ValueError(f"has the {what} {min(twice)!r} twice")
         return value
@@ -770,19 +803,49 @@ def _read(path: Path) -> str:
         raise ValueError("is not a text file") from None
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 without what surprises: ``off`` is a word, a date is text, a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, "a key stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if not tag.endswith((":bool", ":timestamp"))]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
+
+
 def _read_yaml(path: Path | None) -> Mapping[str, Any]:
     if path is None:
         return {}
     try:
-        loaded = yaml.safe_load(_read(path))
+        text = _read(path)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: the configuration file {error}; allowed: a readable YAML file"
+        ) from None
+    try:
+        loaded = yaml.load(text, _Yaml)  # noqa: S506 (a safe loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}" if mark else ""
-        message = f"{path}: is not YAML{where} ({error.problem})"
+        problem = re.sub(r"'[^']*'", "…", error.problem or "")  # which may be a secret
+        message = f"{path}: is not YAML{where} ({problem})"
     except yaml.YAMLError:
         message = f"{path}: is not YAML (it holds a character that YAML does not allow)"
-    except ValueError as error:
-        message = f"{path}: the configuration file {error}; allowed: a readable YAML file"
+    except RecursionError:
+        message = f"{path}: is nested too deeply"
+    except ValueError:
+        message = f"{path}: holds a number or another value that is none"
     else:
         if loaded is None or isinstance(loaded, dict):
             return loaded or {}
@@ -812,7 +875,7 @@ def _read_env(env: Mapping[str, str]) -> Mapping[str, Any]:
         if name.upper().startswith(ENV_PREFIX)
         and value != ""
         and not _SERVICE_LINK.search(name.upper())
-        and not re.match(r"(tcp|udp|sctp)://", value)
+        and not (name.upper().endswith("_PORT") and re.match(r"(tcp|udp|sctp)://", value))
     }
     names = {name: name.removeprefix(ENV_PREFIX).lower() for name in ours}
     unknown = {
@@ -890,7 +953,7 @@ def _one_line(
         assert field is not None
         given = first.get("input")
         in_url = first["loc"][0] in ("pods", "tracing") and any(
-            sign in str(given) for sign in ("@", "key")
+            sign in str(given).lower() for sign in ("@", "?", "#", "key")
         )
         secret = is_secret(field) or in_url
         value = _HIDDEN if secret else _shown(given)

@@ -345,17 +345,106 @@ def test_no_error_line_shows_a_secret(env: dict[str, str]) -> None:
 
 
 def test_api_keys_are_kept_hashed_from_every_source(tmp_path: Path) -> None:
-    key, other = "a-key-of-16-characters", "another-key-of-some-length"
+    key, other, third = (
+        "a-key-of-16-characters",
+        "another-key-of-some-length",
+        "the-third-of-the-keys",
+    )
     hashed = config.hash_key(other)
     file = tmp_path / "keys"
     file.write_text(f"# who\nacme: {key}\n\n'umbrella': \"{hashed}\"\n")
-    env = {"CACHEWISE_ACCESS__API_KEYS_FILE": str(file), "CACHEWISE_API_KEYS": f"acme={other}"}
+    env = {"CACHEWISE_ACCESS__API_KEYS_FILE": str(file), "CACHEWISE_API_KEYS": f"acme={third}"}
     settings = load_settings({}, None, env)
     stored = {t: [k.get_secret_value() for k in ks] for t, ks in settings.access.api_keys.items()}
-    assert stored == {"acme": [config.hash_key(key), hashed], "umbrella": [hashed]}
+    assert stored == {"acme": [config.hash_key(key), config.hash_key(third)], "umbrella": [hashed]}
     assert key not in repr(settings)
     again = Settings.model_validate({"access": {"api_keys": settings.access.api_keys}})
     assert again.access.api_keys == settings.access.api_keys
+
+
+@pytest.mark.parametrize("text", ["", "# nobody yet\n", "\n\n"])
+def test_a_keys_file_without_a_key_lets_nobody_in_by_mistake(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"access\.api_keys_file: .* holds no key"):
+        load_settings({"access": {"api_keys_file": str(file)}}, None, {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ("a=one-key-of-16-characters,b=one-key-of-16-characters", "one key for two tenants"),
+        ("cw-abcdefghijklmnopqrstuv=team-of-16-characters", "a key where a tenant is to be"),
+        ("hunter2secret=team", "a key that is too short"),
+    ],
+)
+def test_api_keys_that_cannot_be_meant_are_refused_without_showing_them(
+    keys: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem) as refused:
+        load_settings({}, None, {"CACHEWISE_API_KEYS": keys})
+    assert "abcdefgh" not in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_keys_sent_in_headers_lose_their_newline_and_have_to_fit(tmp_path: Path) -> None:
+    settings = load_settings({}, None, {"CACHEWISE_ACCESS__POD_API_KEY": "key\n"})
+    assert settings.access.pod_api_key is not None
+    assert settings.access.pod_api_key.get_secret_value() == "key"
+    for bad in ("k\u00e9y", "a\nb", " \n"):
+        with pytest.raises(ConfigError, match=r"admin_token: the value \(not shown\) is not of"):
+            load_settings({}, None, {"CACHEWISE_ACCESS__ADMIN_TOKEN": bad})
+
+
+def from_yaml(tmp_path: Path, text: str) -> Settings:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    return load_settings({}, file, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("port: 1\nport: 8081\n", "in line 2 \\(a key stands twice\\)"),
+        ("access:\n  api_keys: {}\naccess: {}\n", "in line 3"),
+        ("access: {admin_token: *hunter2secret}", "is not YAML in line 1"),
+        ("access: {admin_token: !hunter2secret x}", "is not YAML in line 1"),
+        ("port: !!int hunter2secret", "is none"),
+        ("[" * 3_000, "nested too deeply"),
+        ("port: " + "9" * 5_000, "c.yaml"),
+    ],
+)
+def test_yaml_that_cannot_be_meant_is_one_line_without_its_values(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem) as refused:
+        from_yaml(tmp_path, text)
+    assert "hunter2" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_words_of_yaml_are_what_they_look_like(tmp_path: Path) -> None:
+    settings = from_yaml(tmp_path, "admission: {mode: off}\nhints: {enabled: off}\nport: 81\n")
+    assert (settings.admission.mode, settings.hints.enabled, settings.port) == ("off", False, 81)
+
+
+@pytest.mark.parametrize("sign", ["?token=hunter2", "#hunter2", "?API_KEY=hunter2"])
+def test_what_hangs_on_an_address_is_not_shown(sign: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_settings({}, None, {"CACHEWISE_PODS": f"http://pod:8000/{sign}"})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_pods_name_is_its_own() -> None:
+    pods = [{"url": "http://a:1"}, {"url": "http://b:1", "name": "a:1"}]
+    with pytest.raises(ConfigError, match="name 'a:1' twice"):
+        load_settings({"pods": pods}, None, {})
+
+
+def test_pods_given_like_a_service_link_are_no_service_link() -> None:
+    with pytest.raises(ConfigError, match="pods"):
+        load_settings({}, None, {"CACHEWISE_PODS": "tcp://10.0.0.1:8000"})
+    assert load_settings({}, None, {"CACHEWISE_PORT": "tcp://10.0.0.1:80"}).port == 8080
 
 
 @pytest.fixture(scope="module")
