@@ -6,6 +6,7 @@ argument is in it: names of tools, counts, times.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -62,7 +63,7 @@ class Api:
         """Sessions, most recently seen first. Query: ``limit``, ``state``, ``group``."""
         query = request.query_params
         text = query.get("limit", "100")
-        if not text.isdecimal() or not 1 <= int(text) <= MAX_SESSIONS_LISTED:
+        if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_SESSIONS_LISTED:
             return error_response(
                 GatewayError(
                     400,

@@ -14,6 +14,7 @@ from typing import Any
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -115,6 +116,7 @@ def create_app(settings: Settings) -> App:
         ],
         exception_handlers={404: not_found, 405: not_found},
     )
+    app.router.redirect_slashes = False  # to where, behind a proxy, only that knows
     app.gateway = gateway
     app.turns = turns
     app.state.gateway = gateway
@@ -250,17 +252,19 @@ class Plain:
             response = error_response(
                 GatewayError(426, "upgrade_required", "Responses are served over HTTP here.")
             )
-            response.headers["upgrade"] = "HTTP/1.1"
+            response.headers.update({"upgrade": "HTTP/1.1", "connection": "Upgrade"})
             return response
-        return await not_found(request, Exception())
+        raise HTTPException(405, headers={"allow": "POST"})
 
 
-async def not_found(request: Request, _: Exception) -> Response:
+async def not_found(request: Request, error: Exception) -> Response:
     """No such path, or not with this method; in the dialect that the path belongs to."""
     path = request.url.path
     family: Family = "anthropic" if path.startswith("/v1/messages") else "openai"
-    if any(getattr(route, "path", None) == path for route in request.app.routes):
-        text = f"{request.method} is not served at {path}."
-        return error_response(GatewayError(405, "method_not_allowed", text), family)
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        text = f"{request.method} is not served at {path[:200]}."
+        response = error_response(GatewayError(405, "method_not_allowed", text), family)
+        response.headers.update(error.headers or {})
+        return response
     text = f"{path[:200]} is not served by this gateway."
     return error_response(GatewayError(404, "not_found", text), family)

@@ -225,11 +225,12 @@ def version() -> None:
 
 
 def run(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM."""
+    """Serves until SIGINT or SIGTERM; SIGHUP, as of a terminal that closes, is one too."""
     listening = listen(settings)
     # uvicorn raises the signal that ended it once more; leave in order then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     print(banner(settings, listening.getsockname()[1]), flush=True)
     with logging_to(settings.log):
         from gateway.app import create_app  # takes a second; the other commands do without
@@ -250,6 +251,8 @@ def listen(settings: Settings) -> socket.socket:
         return socket.create_server(address, family=family, backlog=2048)
     except socket.gaierror as error:
         reason = error.strerror
+    except UnicodeError:
+        reason = "no host name"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(

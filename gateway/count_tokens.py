@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.dialects import MalformedRequestError, read_model
+from gateway.dialects import MalformedRequestError, read_model, without_hints
 from gateway.errors import Dialect as Family
 from gateway.errors import GatewayError
 from gateway.gateway import Gateway
@@ -29,12 +29,13 @@ class CountTokensEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.gateway
-        headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
-            authenticate(gateway, scope)
-            body = await request_body(gateway, headers, receive)
+            tenant = authenticate(gateway, scope)
+            body = await request_body(gateway, scope, receive)
             try:
                 model, _ = read_model(body)
+                if tenant.name not in gateway.trusted:
+                    body = without_hints(body)
             except MalformedRequestError as error:
                 raise GatewayError(400, "invalid_request", str(error)) from None
             served = gateway.served_model(model)

@@ -130,7 +130,10 @@ def _draw(nodes: list[tuple[Any, float, Forecast]], path: Path) -> None:
     axes.set(xscale="log", xlabel="seconds", ylabel="P(gap > t)", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="waiting for (weight)")
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot: {path}: {error}; allowed: a path, as of a .png") from None
     plt.close(figure)
 
 
@@ -162,7 +165,10 @@ def export(
             )
         ],
     }
-    file.write_bytes(orjson.dumps(data, option=orjson.OPT_INDENT_2))
+    try:
+        file.write_bytes(orjson.dumps(data, option=orjson.OPT_INDENT_2))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; allowed: a file to write") from None
     print(f"{file}: {len(snapshot.keys)} nodes")
 
 
@@ -170,7 +176,8 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(help="JSON file that export wrote.")], state: State = None
 ) -> None:
-    """Merge an exported file into the state. Stop the gateway first: it would write over it."""
+    """Merge an exported file into the state; without one, it is the state. Stop the gateway first:
+    it would write over it."""
     import numpy as np
 
     from gateway.predictor import store
@@ -198,16 +205,21 @@ def import_(
         )
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; allowed: a readable file") from None
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{file} is no export ({error}); allowed: what export wrote") from None
     try:
         predictor = store.read(path)
+        came = store.merge(predictor, other)
     except FileNotFoundError:
-        predictor = store.priors()
+        predictor, came = other, len(other.table)
     except (OSError, store.StateError) as error:
         raise ConfigError(f"--state: {path} is not used: {error}; allowed: a state file") from None
-    came = store.merge(predictor, other)
-    store.Snapshot(predictor).write(path)
+    try:
+        store.Snapshot(predictor).write(path)
+    except OSError as error:
+        raise ConfigError(f"--state: {path}: {error.strerror}; allowed: a file to write") from None
     print(f"{path}: {came} nodes merged in, {len(predictor.table)} in all")
 
 

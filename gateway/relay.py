@@ -179,6 +179,8 @@ class Relay:
                         allow_redirects=False,
                     )
                     answer = Answer(pod, response, self.settings.idle_timeout_s)
+                    if not 200 <= response.status <= 599:
+                        raise Dropped("failed", "its answer has a status that is none")
                     await answer.begin()
         except BaseException as error:
             if answer is not None:
@@ -193,6 +195,8 @@ class Relay:
 
 def _pod_error(error: Exception) -> PodError:
     match error:
+        case PodError():
+            return error
         case aiohttp.ConnectionTimeoutError():
             return Refused("connect_timeout", "the connection was not accepted in time")
         case aiohttp.ClientConnectorError():
@@ -202,7 +206,7 @@ def _pod_error(error: Exception) -> PodError:
         case aiohttp.ClientError() | OSError():
             return Dropped("disconnected", "the connection broke before the answer began")
         case _:
-            return Dropped("failed", f"unexpected {type(error).__name__}")
+            return Dropped("failed", "its connection failed")
 
 
 class Answer:

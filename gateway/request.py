@@ -30,16 +30,22 @@ def authenticate(gateway: Gateway, scope: Scope) -> Tenant:
         raise GatewayError(401, "invalid_api_key", str(error)) from None
 
 
-async def request_body(gateway: Gateway, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+async def request_body(gateway: Gateway, scope: Scope, receive: Receive) -> bytes:
     """The whole body, decompressed."""
     limit_bytes = gateway.settings.relay.max_body_bytes
-    if int(headers.get(b"content-length", 0)) > limit_bytes:
+    length = 0
+    codings: list[bytes] = []
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            length = int(value)
+        elif name == b"content-encoding":
+            codings.append(value)
+    if length > limit_bytes:
         raise too_large(limit_bytes)
     body = await read_body(receive, limit_bytes)
-    coding = headers.get(b"content-encoding")
-    if coding is None:
+    if not codings:
         return body
-    name = coding.decode("latin-1")
+    name = b",".join(codings).decode("latin-1")
     if len(body) > LARGE_BODY_BYTES:
         return await asyncio.to_thread(decompress, body, name, limit_bytes)
     return decompress(body, name, limit_bytes)

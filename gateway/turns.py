@@ -135,11 +135,9 @@ class TurnFlow:
                 await self._answer_error(shutting_down())
             self.outcome = "cancelled"
             raise
-        except BrokenOffError as error:
+        except BrokenOffError:
             await self._answer_error(
-                GatewayError(
-                    502, "pod_failed", f"The pod failed in the middle of its answer ({error})."
-                )
+                GatewayError(502, "pod_failed", "The pod failed in the middle of its answer.")
             )
             self.outcome = "broken_off"
         except Exception:
@@ -158,7 +156,7 @@ class TurnFlow:
             raise shutting_down()
         self.tenant = authenticate(gateway, self.scope)
         self.priority = priority_of(self.headers)
-        body = await request_body(gateway, self.headers, self.receive)
+        body = await request_body(gateway, self.scope, self.receive)
         arrived_at = time.monotonic()
         try:
             request = parse(self.dialect, body)

@@ -275,7 +275,7 @@ async def test_localhost_and_ipv6_can_be_listened_on() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gateway.app") is None, reason="needs gateway.app")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serve_starts_answers_and_ends_in_order_on_a_signal(number: signal.Signals) -> None:
     process = subprocess.Popen(
         [COMMAND, "serve", "--port", "0", "--log-format", "json"],

@@ -12,6 +12,7 @@ from typing import Any
 import brotli
 import pytest
 import zstandard
+from multidict import CIMultiDict
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.admission import Admission
@@ -179,6 +180,68 @@ async def test_what_clients_ask_at_start_is_answered() -> None:
         assert (await gateway.get("/v1/nothing")).status == 404
         assert (await gateway.get("/v1/messages")).error("messages")["type"]
         assert (await gateway.get("/v1/messages")).status == 405
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/messages", {"POST"}),
+        ("PUT", "/v1/models", {"GET", "HEAD"}),
+        ("GET", "/v1/cachewise/pods/pod-0/drain", {"POST", "DELETE"}),
+        ("DELETE", "/v1/cachewise/sessions/x", {"GET", "HEAD"}),
+        ("POST", "/ui/", {"GET", "HEAD"}),
+        ("GET", "/v1/responses", {"POST"}),
+    ],
+)
+async def test_a_path_says_which_methods_it_serves(method: str, path: str, allow: set[str]) -> None:
+    async with Pod() as pod, gateway_over(pod) as gateway:
+        async with gateway.client.request(method, gateway.url + path) as response:
+            assert response.status == 405
+            assert set(response.headers["allow"].split(", ")) == allow
+
+
+async def test_a_path_with_a_slash_behind_is_another_and_leads_nowhere() -> None:
+    async with Pod() as pod, gateway_over(pod) as gateway:
+        for path in ("/v1/messages/", "/v1/models/"):
+            reply = await gateway.get(path, allow_redirects=False)
+            assert (reply.status, reply.headers.get("location")) == (404, None)
+
+
+@pytest.mark.parametrize("limit", ["9" * 5_000, "%D9%A3", "0", "-1", "x"])
+async def test_a_limit_that_is_none_is_the_callers_error(limit: str) -> None:
+    async with Pod() as pod, gateway_over(pod) as gateway:
+        assert (await gateway.get(f"/v1/cachewise/sessions?limit={limit}")).status == 400
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("status", [b"600 Odd", b"099 Odd", b"101 Switching Protocols"])
+async def test_a_pod_whose_status_is_none_has_failed(wire: str, status: bytes) -> None:
+    async def answer(exchange: Exchange) -> None:
+        exchange.write(b"HTTP/1.1 %b\r\ncontent-length: 2\r\n\r\n{}" % status)
+
+    async with Pod(answer) as pod, gateway_over(pod) as gateway:
+        reply = await gateway.post(wire)
+        assert reply.status == 502
+        assert reply.error(wire)["message"]
+        assert gateway.settled()
+
+
+async def test_codings_in_two_headers_are_as_in_one() -> None:
+    body = gzip.compress(gzip.compress(json.dumps(body_of("chat")).encode()))
+    headers = [("content-encoding", "gzip"), ("content-encoding", "gzip")]
+    async with Pod() as pod, gateway_over(pod) as gateway:
+        reply = await gateway.post("chat", body, headers=CIMultiDict(headers))
+        assert reply.status == 200
+
+
+async def test_hints_do_not_reach_a_pod_that_counts_tokens() -> None:
+    async def counts(exchange: Exchange) -> None:
+        exchange.whole(b'{"input_tokens": 7}')
+
+    async with Pod(counts) as pod, gateway_over(pod) as gateway:
+        body = body_of("messages") | {"kv_hints": {"x": 1}}
+        assert (await gateway.post("/v1/messages/count_tokens", body)).status == 200
+        assert "kv_hints" not in json.loads(pod.turns[-1].body)
 
 
 async def test_a_real_websocket_handshake_gets_426_and_closes_nothing_else() -> None:

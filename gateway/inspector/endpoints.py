@@ -73,9 +73,11 @@ class Page:
 
     def _answer(self, request: Request) -> Response:
         if request.method not in ("GET", "HEAD"):
-            return error_response(
+            response = error_response(
                 GatewayError(405, "method_not_allowed", f"{request.method} is not served here.")
             )
+            response.headers["allow"] = "GET, HEAD"
+            return response
         found = self._files.get(request.path_params["name"] or "index.html")
         if found is None:
             return error_response(GatewayError(404, "not_found", "The page has no such file."))
