@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final, cast
 from weakref import ref
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.connection import ABORT, WRITE
@@ -19,14 +20,29 @@ class Protocol(HttpToolsProtocol):
     cause for a warning: Codex tries one at the start of every session. The app may abort the
     connection and write to it (`gateway.connection`), and heads are written with their bodies."""
 
+    _running: RequestResponseCycle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", HeadJoined(transport, self.loop)))
 
     def _unsupported_upgrade_warning(self) -> None:
         pass
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """uvicorn tells the newest request, which another that runs may be ahead of."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        if len(self.pipeline) == 1:
+            self.flow.resume_reading()  # or nobody hears the client go
         scope = cast("dict[str, Any]", self.scope)
         write = partial(_write, ref(self.cycle))
         scope["extensions"] = {ABORT: self.transport.abort, WRITE: write}

@@ -183,3 +183,32 @@ async def test_a_client_that_has_gone_takes_no_piece() -> None:
             assert await anext(answer.aiter_raw()) == b"piece"
         await tried.wait()
         assert wrote == [True, False]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_client_that_goes_is_heard_by_the_request_ahead_of_one_that_waits(
+    together: bool,
+) -> None:
+    begun, gone = asyncio.Event(), asyncio.Event()
+    paths: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        paths.append(scope["path"])
+        await receive()
+        begun.set()
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"for nobody", "more_body": False})
+        gone.set()
+
+    async with serving(app) as url:
+        _, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        first, second = (b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % i for i in (1, 2))
+        client.write(first + second if together else first)
+        await begun.wait()
+        if not together:
+            client.write(second)
+        await asyncio.sleep(0.05)
+        client.close()
+        await asyncio.wait_for(gone.wait(), 2)
+        assert paths == ["/1"]
