@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final, cast
 from weakref import ref
 
+from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -16,17 +17,47 @@ _HEAD: Final = b"HTTP/1.1 "
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol. A WebSocket upgrade is answered by the app as plain HTTP (426) and is no
-    cause for a warning: Codex tries one at the start of every session. The app may abort the
-    connection and write to it (`gateway.connection`), and heads are written with their bodies."""
+    """uvicorn's protocol. A request that asks for an upgrade is a request like any other: to
+    WebSocket, which Codex tries at the start of every session, the app's answer is 426. The app may
+    abort the connection and write to it (`gateway.connection`), and heads are written with their
+    bodies."""
 
     _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", HeadJoined(transport, self.loop)))
 
-    def _unsupported_upgrade_warning(self) -> None:
-        pass
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except HttpParserError:
+            message = "Invalid HTTP request received."
+            self.logger.warning(message)
+            self.send_400_response(message)
+
+    def _parse(self, data: bytes) -> None:
+        """The parser takes the head that asks for an upgrade for the last of HTTP. An upgrade may
+        be ignored (RFC 9110 §7.8), so it reads the head again without the wish, then the rest."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except HttpParserUpgrade as upgrade:
+                method, version = self.parser.get_method(), self.parser.get_http_version()
+                if method == b"CONNECT":
+                    raise HttpParserError("No proxy.") from None
+                head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode())]
+                head += [b"%b: %b\r\n" % (k, v) for k, v in self.headers if k != b"upgrade"]
+                wishes = [(k, v) for k, v in self.headers if k == b"upgrade"]
+                self.parser.feed_data(b"".join(head))
+                self.headers += wishes
+                self.parser.feed_data(b"\r\n")
+                data = data[upgrade.args[0] :]
+
+    def _should_upgrade(self) -> bool:
+        """Whether uvicorn is to leave the request alone: until its head has been read again."""
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """uvicorn tells the newest request, which another that runs may be ahead of."""
@@ -41,6 +72,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        if self.parser.should_upgrade():
+            return
         if len(self.pipeline) == 1:
             self.flow.resume_reading()  # or nobody hears the client go
         scope = cast("dict[str, Any]", self.scope)

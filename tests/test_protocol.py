@@ -212,3 +212,66 @@ async def test_a_client_that_goes_is_heard_by_the_request_ahead_of_one_that_wait
         client.close()
         await asyncio.wait_for(gone.wait(), 2)
         assert paths == ["/1"]
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the request: its method, path, upgrade header and body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    upgrade = dict(scope["headers"]).get(b"upgrade", b"-")
+    answer = b" ".join((scope["method"].encode(), scope["raw_path"], upgrade, body))
+    headers = [(b"content-length", b"%d" % len(answer))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer, "more_body": False})
+
+
+UPGRADES = {
+    "java": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n",
+    "websocket": b"upgrade: websocket\r\nconnection: keep-alive, Upgrade\r\n",
+    "twice": b"upgrade: a\r\nupgrade: h2c\r\nproxy-connection: upgrade\r\nconnection: upgrade\r\n",
+}
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+@pytest.mark.parametrize("upgrade", UPGRADES)
+async def test_a_request_that_wishes_for_an_upgrade_is_served_without(
+    upgrade: str, piece: int
+) -> None:
+    """With its body, of either framing, and with the requests after it."""
+    head = b"POST /%b HTTP/1.1\r\nhost: x\r\n" + UPGRADES[upgrade]
+    sent = b"".join(
+        (
+            head % b"sized" + b"Content-Length: 5\r\n\r\nsized",
+            head % b"chunked"
+            + b"transfer-encoding: chunked\r\n\r\n3\r\nchu\r\n4\r\nnked\r\n0\r\n\r\n",
+            head.replace(b"POST", b"GET") % b"none" + b"\r\n",
+            b"POST /after HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nafter",
+        )
+    )
+    wished = {"java": b"h2c", "websocket": b"websocket", "twice": b"h2c"}[upgrade]
+    async with serving(echo) as url:
+        reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        for at in range(0, len(sent), piece):
+            client.write(sent[at : at + piece])
+            await asyncio.sleep(0)
+        for answer in (
+            b"POST /sized %b sized" % wished,
+            b"POST /chunked %b chunked" % wished,
+            b"GET /none %b " % wished,
+            b"POST /after - after",
+        ):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+            assert head.startswith(b"HTTP/1.1 200 OK")
+            assert await asyncio.wait_for(reader.readexactly(len(answer)), 2) == answer
+        client.close()
+
+
+async def test_a_wish_to_be_a_proxy_is_refused() -> None:
+    async with serving(echo) as url:
+        for target in (b"example.com:443", b"/path"):
+            reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            client.write(b"CONNECT %b HTTP/1.1\r\nhost: x\r\n\r\n" % target)
+            assert (await asyncio.wait_for(reader.read(), 2)).startswith(b"HTTP/1.1 400 ")
+            client.close()
