@@ -8,7 +8,13 @@ from typing import Any, Final, cast
 from weakref import ref
 
 from httptools import HttpParserError, HttpParserUpgrade
-from uvicorn._types import ASGI3Application
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    Scope,
+)
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.connection import ABORT, WRITE
@@ -68,6 +74,8 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        if cycle.scope["http_version"] == "1.0":
+            app = partial(_unchunked, app, cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_headers_complete(self) -> None:
@@ -79,6 +87,30 @@ class Protocol(HttpToolsProtocol):
         scope = cast("dict[str, Any]", self.scope)
         write = partial(_write, ref(self.cycle))
         scope["extensions"] = {ABORT: self.transport.abort, WRITE: write}
+
+
+async def _unchunked(
+    app: ASGI3Application,
+    cycle: RequestResponseCycle,
+    scope: Scope,
+    receive: ASGIReceiveCallable,
+    send: ASGISendCallable,
+) -> None:
+    """The app for HTTP/1.0, which has no chunks: a body of no known length ends where the
+    connection does. To uvicorn each of its pieces is as long as was promised."""
+    sized = True
+
+    async def raw(message: ASGISendEvent) -> None:
+        nonlocal sized
+        if message["type"] == "http.response.start":
+            sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not sized:
+                cycle.chunked_encoding = False
+        elif message["type"] == "http.response.body" and not sized:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, raw)
 
 
 def _write(of: ref[RequestResponseCycle], piece: bytes) -> bool:

@@ -275,3 +275,35 @@ async def test_a_wish_to_be_a_proxy_is_refused() -> None:
             client.write(b"CONNECT %b HTTP/1.1\r\nhost: x\r\n\r\n" % target)
             assert (await asyncio.wait_for(reader.read(), 2)).startswith(b"HTTP/1.1 400 ")
             client.close()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_only_a_client_that_knows_chunks_gets_them(version: str) -> None:
+    """To another the connection's end is the body's, whatever it asks of the connection."""
+    wrote: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sized = [(b"Content-Length", b"8")] if scope["path"] == "/sized" else []
+        await send({"type": "http.response.start", "status": 200, "headers": sized})
+        await send({"type": "http.response.body", "body": b"one,", "more_body": True})
+        await send({"type": "http.response.body", "body": b"two,", "more_body": True})
+        wrote.append(writer(scope)(b"-"))
+        await send({"type": "http.response.body"})
+
+    async with serving(app) as url:
+        for path, method in (("/", "GET"), ("/sized", "GET"), ("/", "HEAD")):
+            reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            connection = "keep-alive" if version == "1.0" else "close"
+            request = f"{method} {path} HTTP/{version}\r\nconnection: {connection}\r\n\r\n"
+            client.write(request.encode())
+            answer = await asyncio.wait_for(reader.read(), 2)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert b"connection: close" in head
+            chunked = version == "1.1" and (path, method) == ("/", "GET")
+            assert (b"transfer-encoding" in head) is chunked
+            if chunked:
+                assert body == b"4\r\none,\r\n4\r\ntwo,\r\n1\r\n-\r\n0\r\n\r\n"
+            else:
+                assert body == (b"" if method == "HEAD" else b"one,two,")
+            client.close()
+    assert wrote.count(True) == (version == "1.1")
