@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from functools import partial
 from typing import Any, Final, cast
 from weakref import ref
@@ -15,11 +16,25 @@ from uvicorn._types import (
     ASGISendEvent,
     Scope,
 )
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from gateway.connection import ABORT, WRITE
+from gateway.errors import GatewayError, render
+
+MAX_HEAD_BYTES: Final = 256 * 1024
+"""A request's head that is not at its end after so many bytes is refused, for it is kept before
+anything is known of who sends it. Agents' heads have less than 8 KB."""
 
 _HEAD: Final = b"HTTP/1.1 "
+_HEAD_TOO_LARGE: Final = GatewayError(
+    431,
+    "request_header_fields_too_large",
+    f"The request's head is larger than {MAX_HEAD_BYTES // 1024} KB.",
+)
 
 
 class Protocol(HttpToolsProtocol):
@@ -29,18 +44,32 @@ class Protocol(HttpToolsProtocol):
     bodies."""
 
     _running: RequestResponseCycle | None = None
+    _room: float = math.inf
+    """How much more may come before the head, or the trailer, that is being read is too large."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", HeadJoined(transport, self.loop)))
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        self._room -= len(data)
         try:
             self._parse(data)
         except HttpParserError:
             message = "Invalid HTTP request received."
             self.logger.warning(message)
             self.send_400_response(message)
+        else:
+            if self._room < 0:
+                self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        if self._running is None or self._running.response_complete:
+            status, headers, body = render(_HEAD_TOO_LARGE, "openai")
+            headers = [*self.server_state.default_headers, *headers, (b"connection", b"close")]
+            lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+            self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], lines, body))
+        self.transport.close()
 
     def _parse(self, data: bytes) -> None:
         """The parser takes the head that asks for an upgrade for the last of HTTP. An upgrade may
@@ -78,7 +107,19 @@ class Protocol(HttpToolsProtocol):
             app = partial(_unchunked, app, cycle)
         super()._start_asgi_task(cycle, app)
 
+    def on_message_begin(self) -> None:
+        self._room = MAX_HEAD_BYTES
+        super().on_message_begin()
+
+    def on_chunk_header(self) -> None:
+        self._room = MAX_HEAD_BYTES  # for the last chunk is followed by the trailer
+
+    def on_body(self, body: bytes) -> None:
+        self._room = math.inf
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
+        self._room = math.inf
         super().on_headers_complete()
         if self.parser.should_upgrade():
             return

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 import uvicorn
 
 from gateway.connection import writer
-from gateway.protocol import HeadJoined, Protocol
+from gateway.protocol import MAX_HEAD_BYTES, HeadJoined, Protocol
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
@@ -307,3 +309,74 @@ async def test_only_a_client_that_knows_chunks_gets_them(version: str) -> None:
                 assert body == (b"" if method == "HEAD" else b"one,two,")
             client.close()
     assert wrote.count(True) == (version == "1.1")
+
+
+def poured(url: str, head: bytes, endless: bytes) -> tuple[bytes, int]:
+    """The answer to a request that does not end by itself, and how much of it was sent."""
+    sent = 0
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 2) as client:
+        client.sendall(head)
+        client.setblocking(False)
+        answer = b""
+        while sent < 40_000_000:
+            try:
+                sent += client.send(endless)
+            except BlockingIOError:
+                select.select([client], [client], [])
+            except ConnectionError:
+                break
+        client.settimeout(2)
+        with suppress(ConnectionError):
+            while piece := client.recv(65_536):
+                answer += piece
+    return answer, sent
+
+
+@pytest.mark.parametrize(
+    ("head", "endless"),
+    [
+        (b"GET /", b"x" * 10_000),
+        (b"GET / HTTP/1.1\r\nx: ", b"x" * 10_000),
+        (b"GET / HTTP/1.1\r\n", b"name: value\r\n" * 1000),
+        (b"GET / HTTP/1.1\r\nupgrade: h2c\r\n", b"upgrade: h2c\r\n" * 1000),
+    ],
+)
+async def test_a_head_without_an_end_is_refused_before_it_is_kept(
+    head: bytes, endless: bytes
+) -> None:
+    async with serving(echo) as url:
+        answer, sent = await asyncio.to_thread(poured, url, head, endless)
+    assert sent < 40_000_000
+    status, _, rest = answer.partition(b"\r\n")
+    assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
+    assert b"connection: close" in rest
+    assert orjson.loads(rest.partition(b"\r\n\r\n")[2]) == {
+        "error": {
+            "message": "The request's head is larger than 256 KB.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "request_header_fields_too_large",
+        }
+    }
+
+
+async def test_a_trailer_without_an_end_ends_the_connection() -> None:
+    head = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    async with serving(echo) as url:
+        _, sent = await asyncio.to_thread(poured, url, head, b"name: value\r\n" * 1000)
+    assert sent < 40_000_000
+
+
+async def test_only_a_head_is_refused_for_its_size() -> None:
+    """And none that ends in time, in however many requests on one connection."""
+    body = b"x" * (3 * MAX_HEAD_BYTES)
+    headers = {"x-long": "x" * (MAX_HEAD_BYTES // 2)}
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), MAX_HEAD_BYTES // 2):
+            yield body[at : at + MAX_HEAD_BYTES // 2]
+
+    async with serving(echo) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        for content in (body, chunks(), body, chunks()):
+            answer = await client.post("/", headers=headers, content=content)
+            assert answer.content == b"POST / - " + body
