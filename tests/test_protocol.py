@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 import uvicorn
 
 from gateway.connection import writer
-from gateway.protocol import HeadJoined, Protocol
+from gateway.protocol import MAX_HEAD_BYTES, HeadJoined, Protocol
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
@@ -183,3 +185,198 @@ async def test_a_client_that_has_gone_takes_no_piece() -> None:
             assert await anext(answer.aiter_raw()) == b"piece"
         await tried.wait()
         assert wrote == [True, False]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_client_that_goes_is_heard_by_the_request_ahead_of_one_that_waits(
+    together: bool,
+) -> None:
+    begun, gone = asyncio.Event(), asyncio.Event()
+    paths: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        paths.append(scope["path"])
+        await receive()
+        begun.set()
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"for nobody", "more_body": False})
+        gone.set()
+
+    async with serving(app) as url:
+        _, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        first, second = (b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % i for i in (1, 2))
+        client.write(first + second if together else first)
+        await begun.wait()
+        if not together:
+            client.write(second)
+        await asyncio.sleep(0.05)
+        client.close()
+        await asyncio.wait_for(gone.wait(), 2)
+        assert paths == ["/1"]
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the request: its method, path, upgrade header and body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    upgrade = dict(scope["headers"]).get(b"upgrade", b"-")
+    answer = b" ".join((scope["method"].encode(), scope["raw_path"], upgrade, body))
+    headers = [(b"content-length", b"%d" % len(answer))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer, "more_body": False})
+
+
+UPGRADES = {
+    "java": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n",
+    "websocket": b"upgrade: websocket\r\nconnection: keep-alive, Upgrade\r\n",
+    "twice": b"upgrade: a\r\nupgrade: h2c\r\nproxy-connection: upgrade\r\nconnection: upgrade\r\n",
+}
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+@pytest.mark.parametrize("upgrade", UPGRADES)
+async def test_a_request_that_wishes_for_an_upgrade_is_served_without(
+    upgrade: str, piece: int
+) -> None:
+    """With its body, of either framing, and with the requests after it."""
+    head = b"POST /%b HTTP/1.1\r\nhost: x\r\n" + UPGRADES[upgrade]
+    sent = b"".join(
+        (
+            head % b"sized" + b"Content-Length: 5\r\n\r\nsized",
+            head % b"chunked"
+            + b"transfer-encoding: chunked\r\n\r\n3\r\nchu\r\n4\r\nnked\r\n0\r\n\r\n",
+            head.replace(b"POST", b"GET") % b"none" + b"\r\n",
+            b"POST /after HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nafter",
+        )
+    )
+    wished = {"java": b"h2c", "websocket": b"websocket", "twice": b"h2c"}[upgrade]
+    async with serving(echo) as url:
+        reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        for at in range(0, len(sent), piece):
+            client.write(sent[at : at + piece])
+            await asyncio.sleep(0)
+        for answer in (
+            b"POST /sized %b sized" % wished,
+            b"POST /chunked %b chunked" % wished,
+            b"GET /none %b " % wished,
+            b"POST /after - after",
+        ):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+            assert head.startswith(b"HTTP/1.1 200 OK")
+            assert await asyncio.wait_for(reader.readexactly(len(answer)), 2) == answer
+        client.close()
+
+
+async def test_a_wish_to_be_a_proxy_is_refused() -> None:
+    async with serving(echo) as url:
+        for target in (b"example.com:443", b"/path"):
+            reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            client.write(b"CONNECT %b HTTP/1.1\r\nhost: x\r\n\r\n" % target)
+            assert (await asyncio.wait_for(reader.read(), 2)).startswith(b"HTTP/1.1 400 ")
+            client.close()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_only_a_client_that_knows_chunks_gets_them(version: str) -> None:
+    """To another the connection's end is the body's, whatever it asks of the connection."""
+    wrote: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sized = [(b"Content-Length", b"8")] if scope["path"] == "/sized" else []
+        await send({"type": "http.response.start", "status": 200, "headers": sized})
+        await send({"type": "http.response.body", "body": b"one,", "more_body": True})
+        await send({"type": "http.response.body", "body": b"two,", "more_body": True})
+        wrote.append(writer(scope)(b"-"))
+        await send({"type": "http.response.body"})
+
+    async with serving(app) as url:
+        for path, method in (("/", "GET"), ("/sized", "GET"), ("/", "HEAD")):
+            reader, client = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            connection = "keep-alive" if version == "1.0" else "close"
+            request = f"{method} {path} HTTP/{version}\r\nconnection: {connection}\r\n\r\n"
+            client.write(request.encode())
+            answer = await asyncio.wait_for(reader.read(), 2)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert b"connection: close" in head
+            chunked = version == "1.1" and (path, method) == ("/", "GET")
+            assert (b"transfer-encoding" in head) is chunked
+            if chunked:
+                assert body == b"4\r\none,\r\n4\r\ntwo,\r\n1\r\n-\r\n0\r\n\r\n"
+            else:
+                assert body == (b"" if method == "HEAD" else b"one,two,")
+            client.close()
+    assert wrote.count(True) == (version == "1.1")
+
+
+def poured(url: str, head: bytes, endless: bytes) -> tuple[bytes, int]:
+    """The answer to a request that does not end by itself, and how much of it was sent."""
+    sent = 0
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 2) as client:
+        client.sendall(head)
+        client.setblocking(False)
+        answer = b""
+        while sent < 40_000_000:
+            try:
+                sent += client.send(endless)
+            except BlockingIOError:
+                select.select([client], [client], [])
+            except ConnectionError:
+                break
+        client.settimeout(2)
+        with suppress(ConnectionError):
+            while piece := client.recv(65_536):
+                answer += piece
+    return answer, sent
+
+
+@pytest.mark.parametrize(
+    ("head", "endless"),
+    [
+        (b"GET /", b"x" * 10_000),
+        (b"GET / HTTP/1.1\r\nx: ", b"x" * 10_000),
+        (b"GET / HTTP/1.1\r\n", b"name: value\r\n" * 1000),
+        (b"GET / HTTP/1.1\r\nupgrade: h2c\r\n", b"upgrade: h2c\r\n" * 1000),
+    ],
+)
+async def test_a_head_without_an_end_is_refused_before_it_is_kept(
+    head: bytes, endless: bytes
+) -> None:
+    async with serving(echo) as url:
+        answer, sent = await asyncio.to_thread(poured, url, head, endless)
+    assert sent < 40_000_000
+    status, _, rest = answer.partition(b"\r\n")
+    assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
+    assert b"connection: close" in rest
+    assert orjson.loads(rest.partition(b"\r\n\r\n")[2]) == {
+        "error": {
+            "message": "The request's head is larger than 256 KB.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "request_header_fields_too_large",
+        }
+    }
+
+
+async def test_a_trailer_without_an_end_ends_the_connection() -> None:
+    head = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    async with serving(echo) as url:
+        _, sent = await asyncio.to_thread(poured, url, head, b"name: value\r\n" * 1000)
+    assert sent < 40_000_000
+
+
+async def test_only_a_head_is_refused_for_its_size() -> None:
+    """And none that ends in time, in however many requests on one connection."""
+    body = b"x" * (3 * MAX_HEAD_BYTES)
+    headers = {"x-long": "x" * (MAX_HEAD_BYTES // 2)}
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), MAX_HEAD_BYTES // 2):
+            yield body[at : at + MAX_HEAD_BYTES // 2]
+
+    async with serving(echo) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        for content in (body, chunks(), body, chunks()):
+            answer = await client.post("/", headers=headers, content=content)
+            assert answer.content == b"POST / - " + body
