@@ -252,6 +252,7 @@ def _pod(pod: Pod) -> dict[str, Any]:
         "url": pod.url,
         "rank": pod.rank,
         "ready": pod.ready,
+        "trouble": pod.trouble,
         "withheld": pod.withheld,
         "draining": pod.draining,
         "models": [{"id": name, "max_model_len": n} for name, n in pod.models.items()],

@@ -287,6 +287,21 @@ async def test_without_a_ready_pod_turns_get_503_and_a_time_to_come_back() -> No
             assert (await gateway.get("/health")).status == 200
 
 
+async def test_why_a_pod_is_not_ready_is_logged_once_and_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        async with gateway_over(nowhere, probe={"interval_s": 0.02}) as gateway:
+            pod = gateway.gateway.fleet.pods["pod-0"]
+            await until(lambda: pod.failures > 10)
+            (told,) = (await gateway.get("/v1/cachewise/pods")).json["data"]
+            assert told["trouble"] == pod.trouble
+            said = [r.getMessage() for r in caplog.records if "not ready" in r.getMessage()]
+            assert said == [f"pod pod-0 is not ready: {pod.trouble}"]
+
+
 # -- access ----------------------------------------------------------------------------------------
 
 

@@ -266,14 +266,15 @@ class Fleet:
 
     def apply(self, pod: Pod, result: ProbeResult) -> None:
         """Take in what a probe found. A ready pod is given up after ``unhealthy_after`` failures in
-        a row; one good probe brings it back, with an empty cache if its counters started anew."""
+        a row; one good probe brings it back, with an empty cache if its counters started anew. Why
+        a pod is not ready is logged once, and again when it is for another reason."""
         if not result.ready:
             pod.failures += 1
-            if pod.ready and pod.failures >= self.settings.unhealthy_after:
-                self.lost(pod, str(result.error))
+            if pod.failures >= self.settings.unhealthy_after:
+                self._not_ready(pod, str(result.error))
             return
         before = pod.probed
-        pod.failures = 0
+        pod.failures, pod.trouble = 0, None
         pod.probed = result
         pod.models = {model.id: model.max_model_len for model in result.models}
         for warning in result.warnings:
@@ -297,7 +298,15 @@ class Fleet:
     def lost(self, pod: Pod, reason: str) -> None:
         """The pod does not answer: no turn goes there until a probe finds it well again."""
         if pod.ready:
+            self._not_ready(pod, reason)
+
+    def _not_ready(self, pod: Pod, reason: str) -> None:
+        if pod.ready:
             logger.warning("pod %s is lost: %s", pod.name, reason)
+        elif pod.trouble != reason:
+            logger.warning("pod %s is not ready: %s", pod.name, reason)
+        pod.trouble = reason
+        if pod.ready:
             pod.ready = False
             self.changed(pod, "lost")
 

@@ -65,6 +65,9 @@ class Pod:
     probed: ProbeResult | None = None
     """The latest good probe."""
     failures: int = 0
+    """Probes that failed since the latest good one."""
+    trouble: str | None = None
+    """Why it is not ready, once enough probes have failed."""
     in_flight: int = 0
     queued_prefill_tokens: int = 0
     elsewhere_in_flight: int = 0
