@@ -422,6 +422,8 @@ class ProbeSettings(_Model):
     """Failed probes in a row after which a pod gets no turns."""
 
 
+EVERYONE: Final = "everyone"
+"""What a file of keys holds that lets every client in."""
 KEY_PREFIX: Final = "cw-"
 """How the keys begin that `cachewise keys new` makes."""
 TENANT: Final = re.compile(r"[\w.@/-]{1,64}", re.ASCII)
@@ -440,8 +442,11 @@ def hash_key(key: str) -> str:
 def parse_api_keys(text: str) -> dict[str, list[str]]:
     """Tenants and their keys from `tenant=key` or `tenant: key` items, one a line or separated by
     commas; a key may stand hashed (`sha256:<hex>`), a tenant may stand more than once, lines that
-    start with `#` are ignored. A JSON object is read too. Raises `ValueError`, without the text.
+    start with `#` are ignored. A JSON object is read too. The one word `everyone` is no tenant at
+    all. Raises `ValueError`, without the text.
     """
+    if text.strip() == EVERYONE:
+        return {}
     if text.lstrip().startswith("{"):
         try:
             loaded = json.loads(text)
@@ -464,7 +469,8 @@ class AccessSettings(_Model):
     api_keys_file: Path | None = Field(
         default=None, json_schema_extra=_allowed("a readable file of lines 'tenant: key'")
     )
-    """File of lines `tenant: key` or `tenant: sha256:<hex>`; see `cachewise keys new`."""
+    """File of lines `tenant: key` or `tenant: sha256:<hex>`; see `cachewise keys new`. One that
+    holds none is refused, unless it is the word `everyone`."""
     api_keys: dict[str, tuple[SecretStr, ...]] = Field(
         default={},
         validate_default=True,
@@ -487,8 +493,9 @@ class AccessSettings(_Model):
     @field_validator("api_keys_file")
     @classmethod
     def _readable(cls, value: Path | None) -> Path | None:
-        if value is not None and not parse_api_keys(_read(value)):
-            raise ValueError("holds no key; without the setting every client is let in")
+        text = EVERYONE if value is None else _read(value)
+        if not parse_api_keys(text) and text.strip() != EVERYONE:
+            raise ValueError(f"holds no key, and not the word {EVERYONE!r}")
         return value
 
     @field_validator("api_keys", mode="before")

@@ -506,12 +506,23 @@ def test_the_chart_packs_the_boards_and_the_rules() -> None:
         ({"secrets": {"apiKeys": ["no key"]}}, r"/secrets/apiKeys/0.*does not match pattern"),
         ({"httpRoute": {"enabled": True}}, r"/httpRoute/parentRefs.*minItems: got 0, want 1"),
         ({"vllm": {"enabled": False}}, r"no vLLM is named; set gateway.config.pods, or"),
+        (
+            {"secrets": {"existingSecret": "mine", "adminToken": "a-token"}},
+            r"secrets.existingSecret takes the place of all other secrets",
+        ),
     ],
 )
 def test_bad_values_fail_and_say_why(values: Json, message: str) -> None:
     with pytest.raises(helm.HelmError) as caught:
         chart().render(values, name="cachewise", namespace="fleet")
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_kubernetes_waits_as_long_as_the_gateway_is_set_to() -> None:
+    values = {"gateway": {"config": {"shutdown_grace_s": 3600.5}}}
+    files = chart().render(values, name="cachewise", namespace="fleet")
+    item = objects_of(files)["Deployment", "cachewise"]
+    assert item["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 3621
 
 
 def test_the_schema_is_that_of_the_settings() -> None:

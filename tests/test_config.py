@@ -370,6 +370,12 @@ def test_a_keys_file_without_a_key_lets_nobody_in_by_mistake(tmp_path: Path, tex
         load_settings({"access": {"api_keys_file": str(file)}}, None, {})
 
 
+def test_a_keys_file_says_so_if_it_lets_everyone_in(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("everyone\n")
+    assert load_settings({"access": {"api_keys_file": str(file)}}, None, {}).access.api_keys == {}
+
+
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
