@@ -66,9 +66,29 @@ def test_what_one_gateway_exports_another_imports(state: Path, tmp_path: Path) -
         (["inspect", "--level", "x"], "--level: 'x'; allowed: all, kind"),
         (["import", "/nonexistent"], "/nonexistent: No such file"),
         (["import", __file__], "is no export"),
+        (["export", "/nonexistent/x.json"], "/nonexistent/x.json: No such file"),
+        (["inspect", "--plot", "/nonexistent/x.png"], "--plot: /nonexistent/x.png"),
         (["train", "--data", "/nonexistent"], "no tool-calls"),
     ],
 )
 def test_what_is_wrong_is_said_with_what_is_allowed(arguments: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace("*", ".")):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_an_export_of_a_later_format_is_named_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "later.json"
+    file.write_text('{"format": 999}')
+    with pytest.raises(ConfigError, match=r"later\.json is of a newer format; allowed: \d+$"):
+        run("import", file, "--state", tmp_path / "s.npz")
+
+
+def test_what_is_imported_where_nothing_is_counts_once(state: Path, tmp_path: Path) -> None:
+    first, second, copied = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "copy.npz"
+    run("export", first, "--state", state)
+    run("import", first, "--state", copied)
+    run("export", second, "--state", copied)
+    one, two = json.loads(first.read_text()), json.loads(second.read_text())
+    assert two["observed_total"] == one["observed_total"]
+    weights = [{str(n["key"]): n["stats"][0] for n in told["nodes"]} for told in (one, two)]
+    assert weights[1] == pytest.approx(weights[0], rel=1e-3)
