@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -100,12 +101,15 @@ def _for_a_header(value: SecretStr | None) -> SecretStr | None:
     return SecretStr(plain)
 
 
+HeaderSecret: TypeAlias = Annotated[SecretStr | None, AfterValidator(_for_a_header)]
+
+
 class PodSettings(_Model):
     url: str = Field(json_schema_extra=_allowed("http://HOST[:PORT] or https://HOST[:PORT]"))
     """Address of the pod's HTTP server; a trailing `/v1` is dropped."""
     name: str | None = None
     """Name in metrics, logs and the inspector; host and port if not given."""
-    api_key: SecretStr | None = None
+    api_key: HeaderSecret = None
     """Key sent to this pod, instead of `access.pod_api_key`."""
     dp_ranks: Annotated[int, Field(ge=1, le=256)] = 1
     """Data-parallel ranks behind the address: each is a pod of its own, asked for by
@@ -117,11 +121,6 @@ class PodSettings(_Model):
         default=None, json_schema_extra=_allowed("tcp://HOST:PORT, with kv_events")
     )
     """Where it replays those that were missed (`replay_endpoint`)."""
-
-    @field_validator("api_key")
-    @classmethod
-    def _in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        return _for_a_header(value)
 
     @field_validator("kv_events", "kv_events_replay")
     @classmethod
@@ -312,17 +311,12 @@ class AdmissionSettings(_Model):
 class HintSettings(_Model):
     enabled: bool = True
     """Tell pods that take hints when sessions are expected back."""
-    token: SecretStr | None = None
+    token: HeaderSecret = None
     """Sent to pods as `X-Kv-Hints-Token`."""
     trusted_tenants: Annotated[tuple[str, ...], BeforeValidator(_split_list)] = Field(
         default=(), json_schema_extra=_allowed("TENANT[,TENANT…]")
     )
     """Tenants whose own hints reach the pods; those of all others are taken out."""
-
-    @field_validator("token")
-    @classmethod
-    def _in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        return _for_a_header(value)
 
 
 class RelaySettings(_Model):
@@ -478,17 +472,12 @@ class AccessSettings(_Model):
     )
     """Keys that clients may present, by tenant, those of the file included; kept hashed. Without
     any, every client is let in. Also set by `CACHEWISE_API_KEYS`."""
-    admin_token: SecretStr | None = None
+    admin_token: HeaderSecret = None
     """Token that `/v1/cachewise/*` asks for."""
     forward_client_key: bool = False
     """Send the client's own key on to the pod."""
-    pod_api_key: SecretStr | None = None
+    pod_api_key: HeaderSecret = None
     """Key sent to pods that have none of their own."""
-
-    @field_validator("admin_token", "pod_api_key")
-    @classmethod
-    def _in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        return _for_a_header(value)
 
     @field_validator("api_keys_file")
     @classmethod

@@ -154,14 +154,12 @@ def without_hints(body: bytes) -> bytes:
     Raises `MalformedRequestError` if the field is there more than `MAX_HINTS` times, or
     `MAX_HINT_PLACES` of that value stand behind it.
     """
-    for _ in range(MAX_HINTS):
+    for _ in range(MAX_HINTS + 1):
         value = bytes(_essentials(body).kv_hints)
         if not value:
             return body
         body = _without_field(body, value)
-    if len(_essentials(body).kv_hints):
-        raise _hints_stay()
-    return body
+    raise _hints_stay()
 
 
 def _without_field(body: bytes, value: bytes) -> bytes:

@@ -270,8 +270,14 @@ class Fleet:
         a pod is not ready is logged once, and again when it is for another reason."""
         if not result.ready:
             pod.failures += 1
-            if pod.failures >= self.settings.unhealthy_after:
-                self._not_ready(pod, str(result.error))
+            reason = str(result.error)
+            if pod.failures < self.settings.unhealthy_after:
+                return
+            if pod.ready:
+                self.lost(pod, reason)
+            elif pod.trouble != reason:
+                logger.warning("pod %s is not ready: %s", pod.name, reason)
+                pod.trouble = reason
             return
         before = pod.probed
         pod.failures, pod.trouble = 0, None
@@ -298,16 +304,8 @@ class Fleet:
     def lost(self, pod: Pod, reason: str) -> None:
         """The pod does not answer: no turn goes there until a probe finds it well again."""
         if pod.ready:
-            self._not_ready(pod, reason)
-
-    def _not_ready(self, pod: Pod, reason: str) -> None:
-        if pod.ready:
             logger.warning("pod %s is lost: %s", pod.name, reason)
-        elif pod.trouble != reason:
-            logger.warning("pod %s is not ready: %s", pod.name, reason)
-        pod.trouble = reason
-        if pod.ready:
-            pod.ready = False
+            pod.ready, pod.trouble = False, reason
             self.changed(pod, "lost")
 
     def drain(self, pod: Pod, draining: bool) -> None:

@@ -69,7 +69,6 @@ _WORD: Final = re.compile(r"[a-z][a-z0-9._+:-]{0,23}\Z")
 _DIGIT: Final = re.compile(r"\d").search
 _JOINT: Final = re.compile(r"[-_.:]").search
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\+?=")
-_ARRAY: Final = re.compile(_ASSIGNMENT.pattern)
 _DURATION: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([smhd]?)\Z")
 _SECONDS: Final = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -157,7 +156,7 @@ def _parse(text: str, depth: int) -> ShellCommand:
                 words.append(word)
         elif op:
             skip_next = False
-            if op == "(" and words and _ARRAY.fullmatch(words[-1]):
+            if op == "(" and words and _ASSIGNMENT.fullmatch(words[-1]):
                 array = 1
                 continue
             pattern = op == ";;" and cases > 0

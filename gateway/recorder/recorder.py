@@ -277,16 +277,18 @@ class Recorder:
             started_at=round(session.created_at + self._wall_s, 3),
             client=session.client,
             tenant=salted.tenant(session.scope),
-            parent=None if session.parent is None else salted.session(session.parent),
-            forked_from=(
-                None if session.forked_from is None else salted.session(session.forked_from)
-            ),
+            parent=_salted(salted, session.parent),
+            forked_from=_salted(salted, session.forked_from),
             agent_type=session.request_class if aside else "",
             scope=salted.scope,
             block_bytes=BLOCK_BYTES,
             tool_tokens=round(tools * rate),
             system_tokens=round((system - tools) * rate),
         )
+
+
+def _salted(salted: Salted, sid: str | None) -> str | None:
+    return None if sid is None else salted.session(sid)
 
 
 # -- what is kept of a turn ----------------------------------------------------------------------

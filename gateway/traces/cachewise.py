@@ -24,13 +24,22 @@ import numpy as np
 
 from gateway.idle import IdleKind
 from gateway.traces.lines import TraceError
-from gateway.traces.session import BLOCK_TOKENS, Blocks, Call, Chain, Runs, Session, Turn, expand
+from gateway.traces.session import (
+    BLOCK_TOKENS,
+    MAX_BLOCKS,
+    Blocks,
+    Call,
+    Chain,
+    Runs,
+    Session,
+    Turn,
+    expand,
+    is_id,
+)
 
 SCHEMA: Final = 1
 BLOCK_BYTES: Final = 256
 """Of 64 tokens, about."""
-MAX_BLOCKS: Final = 1 << 22
-"""Of one prompt; a record that tells of more is taken as broken."""
 CHAINS_KEPT: Final = 1_024
 """Sessions whose latest prompts are at hand while reading."""
 
@@ -264,7 +273,7 @@ class Reader:
         runs = told.fresh
         if coming.by_bytes:
             runs = (*_first(coming.prompt, told.shared), *runs)
-        if sum(runs[1::2]) > MAX_BLOCKS or not all(map(_is_id, told.fresh[::2])):
+        if sum(runs[1::2]) > MAX_BLOCKS or not all(map(is_id, told.fresh[::2])):
             raise ValueError
         coming.next = told.n + 1
         coming.prompt = runs
@@ -349,11 +358,6 @@ class Reader:
             if any(b.at_s < a.at_s for a, b in pairwise(session.turns)):
                 _put_in_order(session)
         return found
-
-
-def _is_id(start: int) -> bool:
-    """Whether it and the blocks behind it are numbers of 64 bits."""
-    return -(1 << 63) <= start < (1 << 63) - MAX_BLOCKS
 
 
 def _first(runs: Runs, blocks: int) -> Runs:

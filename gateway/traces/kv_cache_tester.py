@@ -18,12 +18,16 @@ import orjson
 from gateway.idle import IdleKind
 from gateway.traces.families import tree
 from gateway.traces.lines import MAX_TOKENS, count, number, tokens
-from gateway.traces.session import BLOCK_TOKENS, Blocks, Chain, Runs, Session, Turn
-
-MAX_BLOCKS: Final = 1 << 22
-"""Of one prompt; a record that tells of more is taken as broken."""
-_IDS: Final = range(-(1 << 63), (1 << 63) - MAX_BLOCKS)
-"""Of blocks that a run may begin with."""
+from gateway.traces.session import (
+    BLOCK_TOKENS,
+    MAX_BLOCKS,
+    Blocks,
+    Chain,
+    Runs,
+    Session,
+    Turn,
+    is_id,
+)
 
 
 def is_session(record: dict[str, Any]) -> bool:
@@ -199,7 +203,7 @@ def _merged(flat: list[int]) -> Runs:
     if not set(map(type, flat)) <= {int}:
         raise ValueError
     starts, counts = flat[::2], flat[1::2]
-    if not all(start in _IDS for start in starts):
+    if not all(map(is_id, starts)):
         raise ValueError
     if any(length < 0 for length in counts) or sum(counts) > MAX_BLOCKS:
         raise ValueError

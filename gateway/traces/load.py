@@ -133,12 +133,12 @@ def load(paths: Iterable[Path], read: Callable[[int], None] | None = None) -> Tr
 
 def _originals(files: list[Path]) -> list[Path]:
     """The files without those that are another one byte for byte."""
-    sizes = Counter(path.stat().st_size for path in files)
+    sizes = {path: path.stat().st_size for path in files}
+    times = Counter(sizes.values())
     found: list[Path] = []
     seen: set[str] = set()
-    for path in files:
-        size = path.stat().st_size
-        if size and sizes[size] > 1:
+    for path, size in sizes.items():
+        if size and times[size] > 1:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "blake2b").hexdigest()
             if content in seen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,11 @@ from gateway.predictor.shell import well_known
 
 BLOCK_TOKENS = 64
 """Tokens a block of formats that do not say otherwise."""
+
+MAX_BLOCKS: Final = 1 << 22
+"""Of one prompt; a record that tells of more is taken as broken."""
+CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
+"""Clients, by the words with which traces name their agents."""
 
 Runs: TypeAlias = tuple[int, ...]
 """Block ids as flat (start, length) pairs: ``(7, 2, 20, 1)`` is 7, 8, 20."""
@@ -133,6 +138,11 @@ class Session:
             chains.append(chain)
             del chains[:-longest_back]
             yield chain
+
+
+def is_id(start: int) -> bool:
+    """Whether it and the blocks behind it are numbers of 64 bits."""
+    return -(1 << 63) <= start < (1 << 63) - MAX_BLOCKS
 
 
 _NONE: Blocks = np.empty(0, np.int64)

@@ -20,9 +20,8 @@ from typing import Any, Final
 from gateway.dialects.turn import ToolCall
 from gateway.idle import IdleKind, idle_after, waited_for
 from gateway.traces.lines import count, number, tokens
-from gateway.traces.session import Call, Growing, Session, Turn
+from gateway.traces.session import CLIENTS, Call, Growing, Session, Turn
 
-_CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
 _RESUMES: Final[dict[str, IdleKind]] = {"user_message": "human", "tool_result": "tool"}
 """What a round answers; where it is both, a person did not wait for the tool."""
 _ANSWERS: Final = frozenset({"reasoning", "text", "tool_call"})
@@ -104,7 +103,7 @@ class Reader:
         self._seen.add(key)
         self._rounds.setdefault(session, []).append(found)
         provider = str(record.get("provider") or "")
-        self._clients.setdefault(session, _CLIENTS.get(provider, provider))
+        self._clients.setdefault(session, CLIENTS.get(provider, provider))
 
     def sessions(self) -> Iterator[Session]:
         """The sessions whose rounds were read, and no more of them."""

@@ -13,14 +13,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from gateway.idle import IdleKind
 from gateway.predictor.records import call_of
 from gateway.traces.lines import count, number, tokens
-from gateway.traces.session import Call, Growing, Session, Turn
-
-_CLIENTS: Final = {"claude": "claude-code", "codex": "codex"}
+from gateway.traces.session import CLIENTS, Call, Growing, Session, Turn
 
 
 def is_turn(record: dict[str, Any]) -> bool:
@@ -99,7 +97,7 @@ class Reader:
 
 def _session(key: str, records: list[_Record], calls: dict[int, list[Call]]) -> Session:
     agent = records[0].agent
-    session = Session(key, client=_CLIENTS.get(agent, agent))
+    session = Session(key, client=CLIENTS.get(agent, agent))
     growing = Growing()
     gap_s = now_s = 0.0
     begun_s: float | None = None

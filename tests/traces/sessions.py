@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from gateway.traces.session import Chain, Session, Turn
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "weka-dev.jsonl.gz"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
 MILLISECONDS = st.integers(0, 10**7).map(lambda ms: ms / 1000)
+TURN: dict[str, Any] = {"session": "s", "ctx": 640, "out": 1}
+
+
+def jsonl(*records: Any) -> bytes:
+    """The records as JSON Lines."""
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
 def few_real(folder: Path) -> Path:

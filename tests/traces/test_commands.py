@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,8 +14,8 @@ from typer.testing import CliRunner
 from gateway.analysis import figures
 from gateway.cli import app
 from gateway.traces.load import load
+from tests.traces.sessions import TURN, jsonl
 
-TURN: dict[str, Any] = {"session": "s", "ctx": 640, "out": 1}
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 COMMANDS = {
     "analyze": ["analyze", "{}", "--json", "{}.out"],
@@ -35,10 +34,6 @@ def cachewise(*words: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def of(command: str, path: Path) -> list[str]:
     return [word.format(path) for word in COMMANDS[command]]
-
-
-def jsonl(*records: Any) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
 # -- files that cannot be read -------------------------------------------------------------------

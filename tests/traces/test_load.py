@@ -13,12 +13,7 @@ import zstandard
 from gateway.analysis.figures import figures
 from gateway.analysis.report import markdown
 from gateway.traces.load import load
-
-TURN: dict[str, Any] = {"session": "s", "ctx": 640, "out": 1}
-
-
-def jsonl(*records: Any) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+from tests.traces.sessions import TURN, jsonl
 
 
 def torn(packed: bytes) -> bytes:
