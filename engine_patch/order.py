@@ -122,7 +122,7 @@ class WaitingOrder:
         """
 
         def look(request: R, entry: _Entry) -> _Key:
-            if entry.behind_s >= self.max_wait_s:
+            if entry.behind_s + REVIEW_S > self.max_wait_s:  # beyond it before the next look
                 entry.key = (1, entry.arrived_at, 0.0)
                 return entry.key
             evicted = evictions(request)
